@@ -1,0 +1,129 @@
+"""What the command line says: the command, its validated config, its options. Needs no jax.
+
+`cli.main` calls `parse` first; the texts of `--help` come from here and, for the keys, from `config_help.py`.
+"""
+
+import argparse
+import json
+import shutil
+from pathlib import Path
+from typing import Any, NoReturn
+
+from pydantic import BaseModel
+
+import jorch
+from jorch import config, config_help, config_io
+
+ABOUT = {
+    "quickstart": "the whole loop on the miniature world, in minutes on a CPU",
+    "sft": "behaviour cloning on demonstrations",
+    "rl": "group-relative policy optimisation on multi-turn rollouts",
+    "eval": "play tasks with a policy and report",
+    "export": "write a run's model as Hugging Face safetensors with its tokenizer",
+    "tools-server": "serve tools, experts and environments over HTTP",
+    "bench": "measure where the time of a training step goes",
+}
+RESUMABLE = ("sft", "rl")
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise ValueError(f"{message} (see `{self.prog} --help`)")
+
+
+def parse(argv: list[str]) -> tuple[str, Any, argparse.Namespace]:
+    """Command, its validated config (None where it has none) and its options. Raises ValueError, one line."""
+    top = _Parser(prog="jorch", description=_overview(), formatter_class=argparse.RawDescriptionHelpFormatter)
+    top.add_argument("--version", action="version", version=jorch.__version__)
+    top.add_argument("command", choices=ABOUT, metavar="COMMAND", help="one of the above")
+    top.parse_args(argv[:1])
+    command, rest = argv[0], argv[1:]
+    if command in ("export", "bench"):
+        return command, None, _plain_parser(command).parse_args(rest)
+    model = _model(command)
+    options = _config_parser(command, model).parse_intermixed_args(rest)
+    path, overrides = _positionals(command, options)
+    options.config = path
+    return command, config_io.load(path, model, overrides), options
+
+
+def _overview() -> str:
+    width = max(map(len, ABOUT))
+    lines = [f"  {name:<{width}}  {about}" for name, about in ABOUT.items()]
+    return "\n".join([jorch.__doc__ or "", "", *lines, "", "`jorch COMMAND --help` lists a command's keys."])
+
+
+def _model(command: str) -> type[BaseModel]:
+    if command == "tools-server":
+        from tools_server.config import ServerConfig
+
+        return ServerConfig
+    models: dict[str, type[BaseModel]] = {
+        "quickstart": config.QuickstartConfig,
+        "sft": config.SftConfig,
+        "rl": config.RlConfig,
+        "eval": config.EvalConfig,
+    }
+    return models[command]
+
+
+def _plain_parser(command: str) -> argparse.ArgumentParser:
+    parser = _Parser(prog=f"jorch {command}", description=ABOUT[command], allow_abbrev=False)
+    parser.set_defaults(dry_run=False)
+    if command == "export":
+        parser.add_argument("source", type=Path, metavar="RUN_OR_CHECKPOINT", help="where the model is")
+        parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder to write")
+    else:
+        parser.add_argument("what", choices=["loop"], help="loop: an RL step of the quickstart's model")
+        parser.add_argument("--json", type=Path, metavar="FILE", help="write the numbers there as well")
+    return parser
+
+
+def _config_parser(command: str, model: type[BaseModel]) -> argparse.ArgumentParser:
+    overrides = "[options]" if command == "tools-server" else "[KEY=VALUE ...] [options]"
+    path = "[CONFIG.yaml]" if command == "quickstart" else "CONFIG.yaml"
+    parser = _Parser(
+        prog=f"jorch {command}",
+        usage=f"jorch {command} {path} {overrides}",
+        description=ABOUT[command],
+        epilog=f"keys of the config:\n{_keys(model)}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("positionals", nargs="*", metavar="CONFIG.yaml KEY=VALUE", help="see the keys below")
+    parser.add_argument("--dry-run", action="store_true", help="print the resolved config and stop")
+    if command == "tools-server":
+        parser.add_argument("--host", help="address to listen on; before the config's")
+        parser.add_argument("--port", type=int, help="port to listen on, 0 = a free one; before the config's")
+    if command != "tools-server":
+        start = parser.add_mutually_exclusive_group()
+        start.add_argument("--fresh", action="store_true", help="remove the run in the run folder first")
+    if command in RESUMABLE:
+        start.add_argument("--resume", action="store_true", help="go on from the last checkpoint")
+    if command == "quickstart":
+        parser.add_argument("--out", metavar="DIR", help="run folder (key out)")
+        parser.add_argument("--seed", type=int, metavar="N", help="of every random choice (key seed)")
+        parser.add_argument("--from-scratch", action="store_true", help="train the base first")
+    return parser
+
+
+def _keys(model: type[BaseModel]) -> str:
+    return config_help.describe(model, min(shutil.get_terminal_size().columns, 110) - 2)
+
+
+def _positionals(command: str, options: argparse.Namespace) -> tuple[Path, list[str]]:
+    """The config's path and the overrides, last those that options such as `--out` stand for."""
+    path, overrides = None, list(options.positionals)
+    if overrides and (command != "quickstart" or "=" not in overrides[0]):
+        path = Path(overrides.pop(0))
+    if command == "quickstart":
+        path = path or config_io.configs_dir() / "quickstart.yaml"
+    if path is None:
+        raise ValueError(f"no config: write `jorch {command} CONFIG.yaml`; examples are in {config_io.configs_dir()}")
+    if overrides and command == "tools-server":
+        raise ValueError(f"got '{overrides[0]}'; only --host and --port can be set outside of {path}")
+    for key in ("out", "seed", "host", "port"):
+        value = getattr(options, key, None)
+        if value is not None:
+            overrides.append(f"{key}={json.dumps(value)}")
+    return path, overrides

@@ -1,0 +1,132 @@
+"""The command line: parse, validate, then import the stage and run it. `--help` and `--dry-run` need no jax.
+
+    jorch COMMAND CONFIG.yaml [KEY=VALUE ...] [options]
+
+Exit status: 0; 2 where the user can mend it (one line on stderr); 1 where the tool server or the disk gave
+out (one line) or for an error of our own (a traceback); 130 after Ctrl-C (one line: how to go on).
+"""
+
+import argparse
+import errno
+import os
+import shlex
+import sys
+import traceback
+from collections.abc import Sequence
+from typing import NoReturn
+
+from jorch import arguments, config_io
+
+MISTAKES = (
+    errno.EACCES,
+    errno.EADDRINUSE,
+    errno.EADDRNOTAVAIL,
+    errno.EISDIR,
+    errno.ENAMETOOLONG,
+    errno.ENOENT,
+    errno.ENOTDIR,
+    errno.EPERM,
+    errno.EROFS,
+)
+DISK_GAVE_OUT = (errno.ENOSPC, errno.EDQUOT, errno.EIO)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; the exit status. Exceptions that are errors of our own pass through."""
+    argv = sys.argv[1:] if argv is None else list(argv)
+    try:
+        command, loaded, options = arguments.parse(argv)
+        if options.dry_run:
+            print(config_io.dump(loaded), end="")
+            return 0
+        _quiet_libraries()
+        match command:
+            case "quickstart":
+                from jorch import quickstart
+
+                quickstart.run(loaded, fresh=options.fresh, from_scratch=options.from_scratch)
+            case "sft":
+                from jorch.synth import sft
+
+                sft.run(loaded, resume=options.resume, fresh=options.fresh)
+            case "rl":
+                from jorch.rl import loop
+
+                loop.run(loaded, resume=options.resume, fresh=options.fresh)
+            case "eval":
+                from jorch.evals import harness
+
+                harness.run(loaded, fresh=options.fresh)
+            case "export":
+                from jorch.export import checkpoint
+
+                checkpoint.run(options.source, options.out)
+            case "bench":
+                from jorch import bench
+
+                bench.run_loop(options.json)
+            case "tools-server":
+                _become_tool_server(options)
+    except (Exception, KeyboardInterrupt) as error:
+        return _report(error, argv)
+    return 0
+
+
+def _become_tool_server(options: argparse.Namespace) -> NoReturn:
+    """Replace this process, so that signals and the exit status are the server's own."""
+    command = [sys.executable, "-m", "tools_server", "--config", str(options.config)]
+    for key, value in (("--host", options.host), ("--port", options.port)):
+        if value is not None:
+            command += [key, str(value)]
+    os.execv(sys.executable, command)
+
+
+def _quiet_libraries() -> None:
+    """What fails is raised, too; between progress bars the logs of Orbax and of its event loops have no place."""
+    import logging
+
+    from absl import logging as absl_logging
+
+    absl_logging.set_verbosity(absl_logging.FATAL)
+    logging.getLogger("asyncio").setLevel(logging.CRITICAL)
+
+
+def _report(error: BaseException, argv: list[str]) -> int:
+    """Print the line for an error that is not our own and give its exit status; raise it again otherwise."""
+    while isinstance(error, BaseExceptionGroup) and len(error.exceptions) == 1:
+        error = error.exceptions[0]
+    again = _command_to_go_on(argv)
+    match error:
+        case KeyboardInterrupt():
+            line, status = f"interrupted{again}", 130
+        case ConnectionError():
+            line, status = f"error: {error}{again}", 1
+        case OSError() if error.errno in DISK_GAVE_OUT:
+            line, status = f"error: {_about(error)}{again}", 1
+        case OSError() if error.errno in MISTAKES:
+            line, status = f"error: {_about(error)}", 2
+        case ValueError() if _raised_by_us(error):
+            line, status = f"error: {error}", 2
+        case _:
+            raise error
+    print("jorch:", " ".join(line.split()), file=sys.stderr)
+    return status
+
+
+def _about(error: OSError) -> str:
+    return f"{error.filename}: {error.strerror}" if error.filename else str(error.strerror)
+
+
+def _command_to_go_on(argv: list[str]) -> str:
+    kept = [word for word in argv if word not in ("--fresh", "--resume")]
+    if argv and argv[0] in arguments.RESUMABLE:
+        kept.append("--resume")
+    elif argv[:1] != ["quickstart"]:
+        return ""
+    return f"; go on with: {shlex.join(['jorch', *kept])}"
+
+
+def _raised_by_us(error: BaseException) -> bool:
+    """A ValueError out of a library is a bug of ours, whose traceback is wanted."""
+    *_, (frame, _) = traceback.walk_tb(error.__traceback__)
+    return frame.f_globals.get("__name__", "").split(".")[0] in ("jorch", "tools_server")

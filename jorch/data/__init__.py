@@ -1,0 +1,1 @@
+"""Tokenizer, chat format, task files and packing."""

@@ -1,0 +1,140 @@
+"""`jorch eval`: a policy plays tasks through the tool server, and its results are summarised."""
+
+import asyncio
+import json
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from jorch.config import EvalConfig
+from jorch.data.tasks import read_jsonl
+from jorch.evals import baselines, tables
+from jorch.evals.metrics import summarise
+from jorch.export import pretrained
+from jorch.metrics import stage
+from jorch.rollout.driver import Driver
+from jorch.rollout.jax_sampler import JaxSampler
+from jorch.rollout.outcomes import EvalRow, trajectory_row
+from jorch.rollout.server_process import tool_server
+from jorch.rollout.tool_client import ToolClient
+from jorch.run_folder import atomic_write, open_run_folder
+from jorch.sharding import make_mesh
+from jorch.types import Task
+from jorch.versions import versions
+
+_CONCURRENCY = 256
+_TAU2 = "tau2:"
+
+
+def run(config: EvalConfig, *, fresh: bool = False) -> None:
+    """Play, print the table, write OUT/summary.json. Raises ValueError for what a user can mend."""
+    with open_run_folder(config, resume=not fresh, fresh=fresh) as folder:
+        tasks = _load_tasks(config)
+        _check_policy(config, tasks)
+        began = time.perf_counter()
+        with tool_server(config.tools_server, folder / "tools_server.log") as url:
+            results = asyncio.run(_play(config, tasks, url))
+        summary = {
+            **results,
+            "wall_s": {"evaluation": time.perf_counter() - began},
+            "seed": config.seed,
+            "versions": versions(),
+            "settings": {"tasks": config.tasks, "policy": config.policy, "num_tasks": len(tasks)},
+        }
+        atomic_write(folder / "summary.json", json.dumps(summary, indent=1) + "\n")
+        tables.print_results(summary)
+        print(f"summary: {folder / 'summary.json'}")
+
+
+def _load_tasks(config: EvalConfig) -> list[Task]:
+    if config.tasks.startswith(_TAU2):
+        from jorch.evals.tau2 import load_tasks
+
+        return load_tasks(config.tasks.removeprefix(_TAU2), config.limit)
+    return read_jsonl(Path(config.tasks))[: config.limit]
+
+
+def _check_policy(config: EvalConfig, tasks: list[Task]) -> None:
+    """Refuse what the tasks have no ground truth for."""
+    if config.policy == "gold" and not all("gold" in task.truth for task in tasks):
+        raise ValueError(f"policy: gold replays the calls of tau2 tasks; {config.tasks} has none: set policy=model")
+    if config.baselines and not all("capable" in task.truth for task in tasks):
+        raise ValueError(f"baselines: only tasks of the miniature world have them, not {config.tasks}: baselines=false")
+
+
+async def _play(config: EvalConfig, tasks: list[Task], url: str) -> dict[str, Any]:
+    rollout = config.rollout
+    async with ToolClient(url, timeout_s=rollout.call_timeout_s, retries=rollout.call_retries) as tools:
+        if config.policy == "gold":
+            from jorch.evals.tau2 import play_gold
+
+            with stage("gold policy", len(tasks)) as progress:
+                rows = await play_gold(tasks, tools, _CONCURRENCY)
+                progress.advance(len(tasks))
+            return {"gold": summarise(rows)}
+        driver = make_driver(config, tools)
+        results = {"model": await evaluate(driver, tasks, config.temperatures, config.seed, "model")}
+        if config.baselines:
+            results["baselines"] = await play_baselines(tasks, tools, config.seed)
+        return results
+
+
+def make_driver(config: EvalConfig, tools: ToolClient) -> Driver:
+    """A driver around the model that the config names, on all devices."""
+    assert config.init_from is not None
+    start = pretrained.load(
+        config.init_from,
+        make_mesh(config.mesh),
+        param_dtype=config.param_dtype,
+        compute_dtype=config.compute_dtype,
+    )
+    sampler = JaxSampler(
+        start.model,
+        start.params,
+        config.sampler,
+        max_tokens=config.rollout.max_tokens_per_turn,
+        stop_id=start.tokenizer.end_of_turn_id,
+    )
+    return Driver(sampler, tools, start.tokenizer, config.chat, config.rollout)
+
+
+async def evaluate(
+    driver: Driver, tasks: Sequence[Task], temperatures: Sequence[float], seed: int, name: str
+) -> dict[str, Any]:
+    """The summary at the first temperature, with those at further ones under "temperature_1" and the like."""
+    summaries = [
+        summarise(await play(driver, tasks, temperature, seed, f"{name}, T = {temperature:g}"))
+        for temperature in temperatures
+    ]
+    further = zip(temperatures[1:], summaries[1:], strict=True)
+    return summaries[0] | {f"temperature_{temperature:g}": summary for temperature, summary in further}
+
+
+async def play(driver: Driver, tasks: Sequence[Task], temperature: float, seed: int, title: str) -> list[EvalRow]:
+    """One trajectory per task; those that the infrastructure lost have no row."""
+    assert isinstance(driver.sampler, JaxSampler)
+    rows: list[EvalRow] = []
+    size = driver.sampler.config.max_rows
+    with stage(title, len(tasks)) as progress:
+        for start in range(0, len(tasks), size):
+            part = tasks[start : start + size]
+            groups = await driver.run_groups(part, 1, run_id=f"{title}-{start}", seed=seed, temperature=temperature)
+            rows += [
+                trajectory_row(task, trajectory)
+                for task, (trajectory,) in zip(part, groups, strict=True)
+                if trajectory.termination != "infra_error"
+            ]
+            lost = {"lost": start + len(part) - len(rows)} if len(rows) < start + len(part) else {}
+            progress.advance(len(part), accuracy=sum(row.accuracy for row in rows) / len(rows), **lost)
+    return rows
+
+
+async def play_baselines(tasks: Sequence[Task], tools: ToolClient, seed: int) -> dict[str, Any]:
+    """Every model-free policy of the miniature world on the same tasks."""
+    results = {}
+    with stage("baselines", len(baselines.POLICIES)) as progress:
+        for policy in baselines.POLICIES:
+            results[policy] = summarise(await baselines.play(policy, tasks, tools, seed, _CONCURRENCY))
+            progress.advance()
+    return results

@@ -1,0 +1,48 @@
+"""A trained model from a folder: weights, architecture and tokenizer together, placed on a mesh."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from jax.sharding import Mesh
+
+from jorch.data import tokenizer as tokenizers
+from jorch.data.tokenizer import Tokenizer
+from jorch.export import hf
+from jorch.model.transformer import Params, Qwen3
+
+BASE = Path(__file__).parent.parent / "assets" / "base"
+"""The tiny pretrained orchestrator of the quickstart, which ships with the package."""
+
+
+@dataclass(frozen=True)
+class Pretrained:
+    """What `init_from` names."""
+
+    model: Qwen3
+    params: Params
+    tokenizer: Tokenizer
+
+
+def folder_of(init_from: str) -> Path:
+    """The folder that `init_from` means: "base", or a path. Raises ValueError where there is none."""
+    folder = BASE if init_from == "base" else Path(init_from)
+    if not folder.is_dir():
+        raise ValueError(f'init_from={init_from!r} is no folder; give one with safetensors, or "base"')
+    return folder
+
+
+def load(init_from: str, mesh: Mesh, **settings: Any) -> Pretrained:
+    """Read a model and its tokenizer; `settings` are the run's own keys of ModelConfig (dtypes, remat).
+
+    Raises ValueError where the folder, a tensor or the vocabulary does not fit.
+    """
+    folder = folder_of(init_from)
+    config = hf.load_config(folder, **settings)
+    tokenizer = tokenizers.load_folder(folder)
+    if config.vocab_size < tokenizer.vocab_size:
+        raise ValueError(
+            f"{folder}: vocab_size={config.vocab_size} is smaller than the tokenizer's {tokenizer.vocab_size}"
+        )
+    model = Qwen3(config)
+    return Pretrained(model, hf.load(folder, model, mesh), tokenizer)

@@ -1,0 +1,181 @@
+"""Decoding over a KV cache that is kept across the turns of a trajectory.
+
+The cache is slot-aligned: every append writes one block of columns for all rows, a single `dynamic_update_slice`, and
+raggedness lives in `valid` and in the rows' own positions. `compact` moves the valid columns of each row to the front
+when the columns run out. Letters: B rows, O appended tokens, S columns, K key-value heads, H head dim, D model,
+V vocabulary.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from jorch.config import ModelConfig
+from jorch.model.transformer import Params, Qwen3, Transformer
+from kernels.attention.reference import dense_attention
+
+
+class Cache(NamedTuple):
+    """Keys and values of all rows (a pytree), and where the next block goes."""
+
+    k: tuple[jax.Array, ...]  # per layer [B, K, S, H]
+    v: tuple[jax.Array, ...]
+    valid: jax.Array  # bool[B, S]
+    num_tokens: jax.Array  # i32[B], the next token's position
+    slot: jax.Array  # i32[], the next free column
+    hidden_BD: jax.Array  # final hidden state of each row's last token
+
+
+class Sampled(NamedTuple):
+    """token_ids i32[B, N], logprobs f32[B, N], num_tokens i32[B]; rows end with the stop token or at N."""
+
+    token_ids: jax.Array
+    logprobs: jax.Array
+    num_tokens: jax.Array
+
+
+def empty_cache(config: ModelConfig, num_rows: int, num_columns: int) -> Cache:
+    """A cache without tokens."""
+    shape = (num_rows, config.num_key_value_heads, num_columns, config.head_dim)
+    layers = range(config.num_hidden_layers)
+    return Cache(
+        k=tuple(jnp.zeros(shape, config.compute_dtype) for _ in layers),
+        v=tuple(jnp.zeros(shape, config.compute_dtype) for _ in layers),
+        valid=jnp.zeros((num_rows, num_columns), bool),
+        num_tokens=jnp.zeros(num_rows, jnp.int32),
+        slot=jnp.zeros((), jnp.int32),
+        hidden_BD=jnp.zeros((num_rows, config.hidden_size), config.compute_dtype),
+    )
+
+
+def append(module: Transformer, cache: Cache, token_ids_BO: jax.Array, ok_BO: jax.Array) -> Cache:
+    """Append right-padded tokens; `ok` is False on padding. The slot moves on by the longest row."""
+    positions_BO = cache.num_tokens[:, None] + jnp.cumsum(ok_BO, axis=1, dtype=jnp.int32) - 1
+    valid = jax.lax.dynamic_update_slice(cache.valid, ok_BO, (0, cache.slot))
+    column = jnp.arange(cache.valid.shape[1])
+    last_visible = cache.slot + jnp.arange(token_ids_BO.shape[1])
+    visible_BOS = valid[:, None, :] & (column <= last_visible[:, None])
+    x_BOD, rope = module.start(token_ids_BO, jnp.maximum(positions_BO, 0))
+    scale = module.config.head_dim**-0.5
+    keys, values = list(cache.k), list(cache.v)
+    for index in range(module.config.num_hidden_layers):
+
+        def attend(q_BONH: jax.Array, k_BOKH: jax.Array, v_BOKH: jax.Array, i: int = index) -> jax.Array:
+            keys[i] = jax.lax.dynamic_update_slice(keys[i], k_BOKH.swapaxes(1, 2), (0, 0, cache.slot, 0))
+            values[i] = jax.lax.dynamic_update_slice(values[i], v_BOKH.swapaxes(1, 2), (0, 0, cache.slot, 0))
+            return dense_attention(q_BONH, keys[i], values[i], visible_BOS, scale)
+
+        x_BOD = module.layer(index, x_BOD, rope, attend)
+    num_new = jnp.sum(ok_BO, axis=1, dtype=jnp.int32)
+    last_BD = jnp.take_along_axis(x_BOD, jnp.maximum(num_new - 1, 0)[:, None, None], axis=1)[:, 0]
+    return Cache(
+        k=tuple(keys),
+        v=tuple(values),
+        valid=valid,
+        num_tokens=cache.num_tokens + num_new,
+        slot=cache.slot + jnp.max(num_new),
+        hidden_BD=jnp.where((num_new > 0)[:, None], module.finish(last_BD), cache.hidden_BD),
+    )
+
+
+def decode(
+    module: Transformer,
+    cache: Cache,
+    active_B: jax.Array,
+    keys_B: jax.Array,
+    temperature: jax.Array,
+    max_tokens: int,
+    stop_id: int,
+) -> tuple[Cache, Sampled]:
+    """Sample up to `max_tokens` tokens for every active row, until all have drawn `stop_id`.
+
+    Args:
+        keys_B: one PRNG key per row; a token's noise depends on its row's key and position only, not on the
+            batch around it.
+        temperature: f32[]; 0 takes the most probable token, with its log-probability at temperature 1.
+    """
+    B = active_B.shape[0]
+
+    def draw(hidden_BD: jax.Array, positions_B: jax.Array) -> tuple[jax.Array, jax.Array]:
+        logits_BV = module.logits(hidden_BD) / jnp.where(temperature > 0, temperature, 1.0)
+        logprobs_BV = jax.nn.log_softmax(logits_BV)
+
+        def noise(key: jax.Array, position: jax.Array) -> jax.Array:
+            return jax.random.gumbel(jax.random.fold_in(key, position), logits_BV.shape[1:])
+
+        noisy_BV = jax.lax.cond(
+            temperature > 0,
+            lambda: logprobs_BV + jax.vmap(noise)(keys_B, positions_B),
+            lambda: logprobs_BV,
+        )
+        token_B = jnp.argmax(noisy_BV, axis=-1).astype(jnp.int32)
+        return token_B, jnp.take_along_axis(logprobs_BV, token_B[:, None], axis=1)[:, 0]
+
+    def unfinished(carry: tuple) -> jax.Array:
+        index, _, active_B, _ = carry
+        return (index < max_tokens) & jnp.any(active_B)
+
+    def one_token(carry: tuple) -> tuple:
+        index, cache, active_B, (token_ids, logprobs, num_tokens) = carry
+        token_B, logprob_B = draw(cache.hidden_BD, cache.num_tokens)
+        sampled = Sampled(
+            token_ids.at[:, index].set(jnp.where(active_B, token_B, 0)),
+            logprobs.at[:, index].set(jnp.where(active_B, logprob_B, 0.0)),
+            num_tokens + active_B,
+        )
+        cache = append(module, cache, token_B[:, None], active_B[:, None])
+        return index + 1, cache, active_B & (token_B != stop_id), sampled
+
+    empty = Sampled(
+        jnp.zeros((B, max_tokens), jnp.int32),
+        jnp.zeros((B, max_tokens), jnp.float32),
+        jnp.zeros(B, jnp.int32),
+    )
+    _, cache, _, sampled = jax.lax.while_loop(unfinished, one_token, (jnp.zeros((), jnp.int32), cache, active_B, empty))
+    return cache, sampled
+
+
+def take_rows(cache: Cache, rows: jax.Array) -> Cache:
+    """The cache of the given rows, i32[B'], in that order; a row may be repeated (a prompt's siblings)."""
+    everything = cache._replace(slot=jnp.zeros(()))
+    return jax.tree.map(lambda x: x[rows] if x.ndim else x, everything)._replace(slot=cache.slot)
+
+
+def compact(cache: Cache) -> Cache:
+    """Move every row's valid columns to the front, so that the slot is the longest row's length."""
+    order = jnp.argsort(~cache.valid, axis=1, stable=True)
+
+    def move(x_BKSH: jax.Array) -> jax.Array:
+        return jnp.take_along_axis(x_BKSH, order[:, None, :, None], axis=2)
+
+    return cache._replace(
+        k=tuple(move(x) for x in cache.k),
+        v=tuple(move(x) for x in cache.v),
+        valid=jnp.take_along_axis(cache.valid, order, axis=1),
+        slot=jnp.max(cache.num_tokens),
+    )
+
+
+class Decoder:
+    """The jitted programs of one model, one per shape."""
+
+    def __init__(self, model: Qwen3, max_tokens: int, stop_id: int) -> None:
+        def append_tokens(params: Params, cache: Cache, token_ids: jax.Array, ok: jax.Array) -> Cache:
+            return append(model.bind(params), cache, token_ids, ok)
+
+        def decode_turn(
+            params: Params, cache: Cache, active: jax.Array, seeds: jax.Array, temperature: jax.Array
+        ) -> tuple[Cache, Sampled]:
+            keys = jax.vmap(jax.random.key)(seeds)
+            return decode(model.bind(params), cache, active, keys, temperature, max_tokens, stop_id)
+
+        self.append = jax.jit(append_tokens, donate_argnums=1)
+        self.decode = jax.jit(decode_turn, donate_argnums=1)
+        self.take_rows = jax.jit(take_rows)
+        self.compact = jax.jit(compact, donate_argnums=0)
+
+    def num_programs(self) -> int:
+        """How many shapes have been compiled: it must not grow after the first step."""
+        functions = (self.append, self.decode, self.take_rows, self.compact)
+        return sum(function._cache_size() for function in functions)

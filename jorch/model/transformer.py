@@ -1,0 +1,128 @@
+"""The Qwen3 decoder: token ids to hidden states. Layers are stacked `[L, ...]` and scanned.
+
+`Transformer` is the NNX module; `Qwen3` is the host-side handle through which everybody else uses it: parameters are
+plain nested dicts of arrays outside, and `bind` makes a module of them inside a jitted function.
+"""
+
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.sharding import Mesh
+
+from jorch.config import ModelConfig
+from jorch.model.attention import packed_attend
+from jorch.model.layers import Attend, Block, param, rms_norm, rope_tables
+from jorch.sharding import sharding
+
+Params = dict[str, Any]
+
+
+class Transformer(nnx.Module):
+    """Embedding, L blocks, final norm; the unembedding is applied by whoever needs logits."""
+
+    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs) -> None:
+        V, D = config.vocab_size, config.hidden_size
+        self.config = config
+        self.embed = param(
+            rngs, (V, D), ("vocab", "embed"), 0.1 if config.tie_word_embeddings else 1.0, config.param_dtype
+        )
+
+        @nnx.split_rngs(splits=config.num_hidden_layers)
+        @nnx.vmap(in_axes=(0,), out_axes=0)
+        def stack(rngs: nnx.Rngs) -> Block:
+            return Block(config, rngs=rngs)
+
+        self.layers = stack(rngs)
+        self.final_norm = param(rngs, (D,), ("embed",), 0, config.param_dtype)
+        if not config.tie_word_embeddings:
+            self.unembed = param(rngs, (V, D), ("vocab", "embed"), D**-0.5, config.param_dtype)
+
+    @property
+    def unembedding_VD(self) -> jax.Array:
+        return (self.embed if self.config.tie_word_embeddings else self.unembed)[...]
+
+    def start(self, token_ids_BT: jax.Array, positions_BT: jax.Array) -> tuple[jax.Array, Any]:
+        """Embedded tokens and the rotary tables of their positions."""
+        x_BTD = self.embed[...][token_ids_BT].astype(self.config.compute_dtype)
+        return x_BTD, rope_tables(positions_BT, self.config.head_dim, self.config.rope_theta)
+
+    def finish(self, x_BTD: jax.Array) -> jax.Array:
+        return rms_norm(x_BTD, self.final_norm[...], self.config.rms_norm_eps)
+
+    def logits(self, hidden: jax.Array) -> jax.Array:
+        """f32[..., V] from hidden states [..., D]."""
+        return jnp.einsum(
+            "...d,vd->...v",
+            hidden,
+            self.unembedding_VD.astype(hidden.dtype),
+            preferred_element_type=jnp.float32,
+        )
+
+    def hidden(self, token_ids_BT: jax.Array, positions_BT: jax.Array, mask_BT: jax.Array) -> jax.Array:
+        """Final hidden states [B, T, D] of packed rows; `mask` as in `kernels.attention.api`."""
+        x_BTD, rope = self.start(token_ids_BT, positions_BT)
+        attend = packed_attend(mask_BT, self.config.head_dim)
+        graphdef, stacked = nnx.split(self.layers)
+
+        def layer(x_BTD: jax.Array, state: nnx.State) -> tuple[jax.Array, None]:
+            return nnx.merge(graphdef, state)(x_BTD, rope, attend), None
+
+        if self.config.remat == "full":
+            layer = jax.checkpoint(layer)
+        x_BTD, _ = jax.lax.scan(layer, x_BTD, stacked)
+        return self.finish(x_BTD)
+
+    def layer(self, index: int, x_BTD: jax.Array, rope: Any, attend: Attend) -> jax.Array:
+        """One layer by its number: decoding unrolls, so that each layer's cache is an array of its own."""
+        graphdef, stacked = nnx.split(self.layers)
+        return nnx.merge(graphdef, jax.tree.map(lambda x: x[index], stacked))(x_BTD, rope, attend)
+
+
+class Qwen3:
+    """Host-side handle of a model: initialisation, shardings, and binding of parameters."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        self.config = config
+        abstract = nnx.eval_shape(lambda: Transformer(config, rngs=nnx.Rngs(params=0)))
+        self._graphdef, self._state = nnx.split(abstract)
+
+    def bind(self, params: Params) -> Transformer:
+        """The module with these parameters; call it inside a traced function."""
+        state = jax.tree.map(lambda x: x, self._state)
+        nnx.replace_by_pure_dict(state, params)
+        return nnx.merge(self._graphdef, state)
+
+    def abstract_params(self) -> Params:
+        """Shapes and dtypes of every parameter, without allocating any."""
+        return nnx.to_pure_dict(self._state)
+
+    def axes(self) -> Params:
+        """Logical axes of every parameter, in the structure of `abstract_params`."""
+        is_variable = lambda x: isinstance(x, nnx.Variable)  # noqa: E731
+
+        def of(path: tuple[Any, ...], variable: nnx.Variable) -> tuple[str, ...]:
+            stacked = ("layers",) if path[0].key == "layers" else ()
+            return (*stacked, *variable.get_metadata("axes"))
+
+        tree = jax.tree_util.tree_map_with_path(of, self._state, is_leaf=is_variable)
+        return nnx.to_pure_dict(tree)
+
+    def shardings(self, mesh: Mesh) -> Params:
+        """Where each parameter lies on `mesh`. Raises ValueError where a size does not divide."""
+        return jax.tree.map(lambda array, axes: sharding(mesh, array.shape, axes), self.abstract_params(), self.axes())
+
+    def init(self, key: jax.Array, mesh: Mesh) -> Params:
+        """Random parameters, born sharded: no device ever holds more than its part."""
+
+        @partial(jax.jit, out_shardings=self.shardings(mesh))
+        def init(key: jax.Array) -> Params:
+            module = Transformer(self.config, rngs=nnx.Rngs(params=key))
+            return nnx.to_pure_dict(nnx.state(module))
+
+        return init(key)
+
+    def num_params(self) -> int:
+        return sum(x.size for x in jax.tree.leaves(self.abstract_params()))

@@ -1,0 +1,1 @@
+"""Reinforcement learning: rewards, advantages, samples, losses and the loop."""

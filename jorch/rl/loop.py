@@ -1,0 +1,255 @@
+"""The RL stage: rollouts, group rewards, packing, one policy update, new weights to the sampler; and again.
+
+The whole of a step is a function of (config, step, state): tasks, sampling noise and order derive from the seed and the
+step's number. So a resumed run repeats exactly what an uninterrupted one would have done.
+"""
+
+import asyncio
+import itertools
+import time
+from contextlib import closing
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from jorch.checkpoint import Checkpoints
+from jorch.config import RlConfig
+from jorch.data.packing import fill_fraction, pack
+from jorch.data.tasks import TaskStream, read_jsonl
+from jorch.export import hf, pretrained
+from jorch.metrics import MetricWriter, Stage, stage
+from jorch.rl.advantages import keeps_group
+from jorch.rl.losses import policy_loss
+from jorch.rl.report import TrajectoryLog, rollout_metrics
+from jorch.rl.rewards import score_group
+from jorch.rl.samples import from_group
+from jorch.rollout.driver import Driver
+from jorch.rollout.jax_sampler import JaxSampler
+from jorch.rollout.server_process import tool_server
+from jorch.rollout.tool_client import ToolClient
+from jorch.run_folder import open_run_folder
+from jorch.sharding import make_mesh, shard_batch
+from jorch.train.optimizer import make_optimizer
+from jorch.train.state import TrainState, abstract_state, init_state
+from jorch.train.step import TrainStep, make_logprobs_fn, make_train_step
+from jorch.types import Group, PackedBatch, Sample, Task, Trajectory
+
+
+@dataclass
+class Learner:
+    """The trainer's side of a step: groups in, an updated state and metrics out."""
+
+    config: RlConfig
+    mesh: Mesh
+    train_step: TrainStep
+    logprobs_fn: Any
+    state: TrainState
+    reference: Any
+    """Parameters of the KL penalty's frozen policy; None where there is no penalty."""
+    skipped_in_a_row: int = 0
+
+    def update(self, groups: list[Group]) -> dict[str, float]:
+        """One pass over the kept groups, in `num_minibatches` optimizer updates; nothing if none are left."""
+        began = time.perf_counter()
+        samples = [s for group in groups for s in from_group(group, self.config.algorithm)]
+        batches = [self._pack(part) for part in _split(samples, self.config.num_minibatches) if part]
+        packed = time.perf_counter()
+        totals: list[dict[str, jax.Array]] = []
+        for batch, num_sequences in batches:
+            self.state, metrics = self.train_step(self.state, batch, num_sequences)
+            totals.append(metrics)
+        means = {name: float(np.mean([float(m[name]) for m in totals])) for name in (totals or [{}])[0]}
+        return means | {
+            "samples/trained": float(sum(s.num_copies for s in samples)),
+            "samples/distinct": float(len(samples)),
+            "packing/fill": float(np.mean([fill_fraction(b) for b, _ in batches])) if batches else 0.0,
+            "time/pack_s": packed - began,
+            "time/learn_s": time.perf_counter() - packed,
+        }
+
+    def _pack(self, samples: list[Sample]) -> tuple[PackedBatch, float]:
+        shape = self.config.batch
+        num_micro = -(-self.config.tasks_per_step * self.config.group_size // shape.micro_rows)
+        batch = pack(samples, row_tokens=shape.row_tokens, micro_rows=shape.micro_rows, num_micro=num_micro)
+        batch = shard_batch(self.mesh, batch)
+        if self.config.num_minibatches > 1:
+            # Taken before the first update, so that every minibatch's ratio is to the same policy.
+            batch = batch._replace(old_logprobs=self.logprobs_fn(self.state.params, batch))
+        if self.reference is not None:
+            batch = batch._replace(ref_logprobs=self.logprobs_fn(self.reference, batch))
+        return batch, float(sum(s.num_copies for s in samples))
+
+
+def run(config: RlConfig, *, resume: bool, fresh: bool) -> None:
+    """Train to `config.steps`, then export to OUT/model. Raises ValueError for what a user can mend."""
+    with open_run_folder(config, resume=resume, fresh=fresh) as folder:
+        tasks = read_jsonl(Path(config.tasks))
+        start = pretrained.load(
+            config.init_from,
+            make_mesh(config.mesh),
+            param_dtype=config.param_dtype,
+            compute_dtype=config.compute_dtype,
+            remat=config.remat,
+        )
+        sampler = make_sampler(config, start)
+        with tool_server(config.tools_server, folder / "tools_server.log") as url, closing(sampler):
+            train(config, folder, tasks, start, sampler, url)
+        print(f"model: {folder / 'model'}")
+
+
+def make_sampler(config: RlConfig, start: pretrained.Pretrained) -> JaxSampler:
+    """The in-process sampler of a run, with the starting weights."""
+    return JaxSampler(
+        start.model,
+        start.params,
+        config.sampler,
+        max_tokens=config.rollout.max_tokens_per_turn,
+        stop_id=start.tokenizer.end_of_turn_id,
+    )
+
+
+def train(
+    config: RlConfig,
+    folder: Path,
+    tasks: list[Task],
+    start: pretrained.Pretrained,
+    sampler: JaxSampler,
+    url: str,
+) -> None:
+    """Train in an open run folder from its newest checkpoint on; the sampler ends with the final weights."""
+    mesh = make_mesh(config.mesh)
+    learner = _make_learner(config, mesh, start)
+    with Checkpoints(folder / "checkpoints", config.checkpoint) as checkpoints:
+        first_step = _restore(learner, checkpoints, start)
+        sampler.publish(learner.state.params, first_step)
+        asyncio.run(_train(config, folder, tasks, start, learner, sampler, checkpoints, url))
+    hf.save(folder / "model", start.model.config, learner.state.params, start.tokenizer)
+
+
+def _make_learner(config: RlConfig, mesh: Mesh, start: pretrained.Pretrained) -> Learner:
+    algorithm = config.algorithm
+    optimizer = make_optimizer(config.optimizer, config.steps * config.num_minibatches)
+    loss_fn = partial(policy_loss, config=algorithm, on_policy=config.num_minibatches == 1)
+    return Learner(
+        config,
+        mesh,
+        make_train_step(start.model, optimizer, loss_fn, mesh, with_entropy=algorithm.entropy_coefficient > 0),
+        make_logprobs_fn(start.model),
+        init_state(start.model, optimizer, mesh, start.params),
+        start.params if algorithm.kl_coefficient > 0 else None,
+    )
+
+
+def _restore(learner: Learner, checkpoints: Checkpoints, start: pretrained.Pretrained) -> int:
+    """Continue from the newest checkpoint, if there is one; the step to go on with."""
+    if checkpoints.latest_step() is None:
+        return 0
+    config = learner.config
+    optimizer = make_optimizer(config.optimizer, config.steps * config.num_minibatches)
+    learner.state, meta, step = checkpoints.restore(abstract_state(start.model, optimizer, learner.mesh))
+    if meta["tokenizer_digest"] != start.tokenizer.digest:
+        raise ValueError(f"the checkpoint in {config.out} belongs to another tokenizer than {config.init_from}")
+    return step
+
+
+async def _train(
+    config: RlConfig,
+    folder: Path,
+    tasks: list[Task],
+    start: pretrained.Pretrained,
+    learner: Learner,
+    sampler: JaxSampler,
+    checkpoints: Checkpoints,
+    url: str,
+) -> None:
+    first_step = sampler.policy_version
+    stream = TaskStream(tasks, config.tasks_per_step, config.seed)
+    meta = {"tokenizer_digest": start.tokenizer.digest, "seed": config.seed}
+    async with ToolClient(url, timeout_s=config.rollout.call_timeout_s, retries=config.rollout.call_retries) as tools:
+        driver = Driver(sampler, tools, start.tokenizer, config.chat, config.rollout)
+        await driver.probe(tasks)
+        checkpoints.save(first_step, learner.state, meta, force=True)
+        with (
+            MetricWriter(folder, first_step) as writer,
+            TrajectoryLog(folder, first_step, start.tokenizer, config.log_trajectories) as log,
+            stage("reinforcement learning", config.steps) as progress,
+        ):
+            progress.advance(first_step)
+            for step in range(first_step, config.steps):
+                batch_tasks = stream.batch(step)
+                metrics, groups = await _step(config, step, batch_tasks, driver, sampler, learner)
+                writer.write(step, metrics)
+                log.write(step, groups)
+                checkpoints.save(step + 1, learner.state, meta, force=step + 1 == config.steps)
+                _advance(progress, metrics)
+
+
+async def _step(
+    config: RlConfig, step: int, tasks: list[Task], driver: Driver, sampler: JaxSampler, learner: Learner
+) -> tuple[dict[str, float], list[Group]]:
+    """One policy update; its metrics and the scored groups, kept or not."""
+    began = time.perf_counter()
+    busy_s = sampler.stats.busy_s
+    trajectories = await driver.run_groups(
+        tasks,
+        config.group_size,
+        run_id=f"step-{step}",
+        seed=config.seed,
+        temperature=config.rollout.temperature,
+    )
+    rolled_out = time.perf_counter()
+    groups = [
+        score_group(task, present, config.reward, config.algorithm)
+        for task, siblings in zip(tasks, trajectories, strict=True)
+        if (present := [t for t in siblings if t.termination != "infra_error"])
+    ]
+    kept = [g for g in groups if keeps_group(g.rewards, config.algorithm.min_group_std)]
+    scored = time.perf_counter()
+    metrics = learner.update(kept)
+    _check_finite(metrics, learner, config, step)
+    sampler.publish(learner.state.params, step + 1)
+    sample_s = sampler.stats.busy_s - busy_s
+    metrics |= rollout_metrics(groups, _flat(trajectories))
+    metrics |= {
+        "group/dropped_fraction": 1.0 - len(kept) / len(tasks),
+        "time/step_s": time.perf_counter() - began,
+        "time/sample_s": sample_s,
+        "time/tools_s": rolled_out - began - sample_s,
+        "time/pack_s": metrics["time/pack_s"] + scored - rolled_out,
+    }
+    return metrics, groups
+
+
+def _check_finite(metrics: dict[str, float], learner: Learner, config: RlConfig, step: int) -> None:
+    """Stop after too many consecutive skipped updates."""
+    skipped = metrics.get("train/skipped", 0.0) > 0
+    learner.skipped_in_a_row = learner.skipped_in_a_row + 1 if skipped else 0
+    limit = config.optimizer.max_nonfinite_steps
+    if learner.skipped_in_a_row >= limit:
+        raise FloatingPointError(
+            f"step {step}: the gradient was not finite {limit} times in a row "
+            f"(loss {metrics['train/loss']}); lower optimizer.learning_rate"
+        )
+
+
+def _advance(progress: Stage, metrics: dict[str, float]) -> None:
+    progress.advance(
+        reward=metrics["reward/mean"],
+        accuracy=metrics["rollout/accuracy"],
+        cost_usd=metrics["rollout/cost_usd"],
+        step_s=metrics["time/step_s"],
+    )
+
+
+def _split(samples: list[Sample], num_parts: int) -> list[list[Sample]]:
+    bounds = np.linspace(0, len(samples), num_parts + 1).round().astype(int)
+    return [samples[a:b] for a, b in itertools.pairwise(bounds)]
+
+
+def _flat(trajectories: list[list[Trajectory]]) -> list[Trajectory]:
+    return [t for siblings in trajectories for t in siblings]

@@ -1,0 +1,36 @@
+"""Trajectories of one task -> a scored Group. The bridge to the reward, which `tools_server` defines once."""
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from jorch.config import AlgorithmConfig, RewardConfig
+from jorch.rl.advantages import advantages
+from jorch.types import Group, Task, Trajectory
+from tools_server.rewards import group_rewards
+
+
+def score_group(
+    task: Task, trajectories: Sequence[Trajectory], reward: RewardConfig, algorithm: AlgorithmConfig
+) -> Group:
+    """The Group of sibling `trajectories` (>= 1) with rewards and advantages, f32[g] each.
+
+    A malformed or unanswered trajectory gets `reward.invalid_reward`. Siblings lost to the infrastructure
+    say nothing about the policy: the caller leaves them out.
+    """
+    assert trajectories, f"task {task.task_id}: no trajectories to score"
+    assert all(t.termination != "infra_error" for t in trajectories), task.task_id
+    rewards = np.array(
+        group_rewards(
+            [t.outcome for t in trajectories],
+            [t.cost_usd for t in trajectories],
+            [t.latency_s for t in trajectories],
+            [t.tool_counts for t in trajectories],
+            [t.format_valid and t.answered for t in trajectories],
+            task.preference,
+            reward.invalid_reward,
+        ),
+        np.float32,
+    )
+    gains = advantages(rewards, algorithm.advantage, algorithm.max_abs_advantage)
+    return Group(task, tuple(trajectories), rewards, gains)

@@ -1,0 +1,73 @@
+"""Scored trajectories -> token sequences to train on; then `data/packing.py` takes over. Pure numpy."""
+
+from collections.abc import Iterable, Iterator
+from dataclasses import replace
+
+import numpy as np
+
+from jorch.config import AlgorithmConfig
+from jorch.types import Group, Sample, Trajectory
+
+COPY_TOLERANCE_NATS = 1e-3  # above float32 noise between batch slots, far below a change of policy
+
+
+def from_group(group: Group, algorithm: AlgorithmConfig) -> list[Sample]:
+    """The samples of a group, copies merged; trajectories that `algorithm` drops give none.
+
+    Dropped trajectories still count in the group's mean and std: the filters are for the loss only.
+    """
+    samples = []
+    for trajectory, advantage in zip(group.trajectories, group.advantages, strict=True):
+        if algorithm.drop_invalid and not trajectory.format_valid:
+            continue
+        if algorithm.drop_unanswered and not trajectory.answered:
+            continue
+        samples.extend(from_trajectory(trajectory, float(advantage)))
+    return merge_copies(samples)
+
+
+def from_trajectory(trajectory: Trajectory, advantage: float) -> Iterator[Sample]:
+    """Turns join one sample while each prompt extends the tokens so far exactly; otherwise a new one opens.
+
+    A chat template that rewrites the past (Qwen3's drops earlier thoughts) therefore forks; every fork has
+    the trajectory's advantage. Only sampled tokens are trained; forks without any are left out.
+    """
+    tokens = np.zeros(0, np.int32)
+    pieces: list[tuple[np.ndarray, np.ndarray]] = []  # (loss_mask, logprobs) of what each turn appended
+    for turn in trajectory.turns:
+        prompt, completion = turn.prompt_token_ids, turn.completion
+        assert len(prompt), f"{trajectory.trajectory_id}: a turn without prompt"
+        if not np.array_equal(prompt[: len(tokens)], tokens):
+            yield from _close(tokens, pieces, advantage)
+            tokens, pieces = np.zeros(0, np.int32), []
+        num_observed = len(prompt) - len(tokens)
+        sampled = np.arange(num_observed + len(completion.token_ids)) >= num_observed
+        logprobs = np.concatenate([np.zeros(num_observed), completion.logprobs]).astype(np.float32)
+        pieces.append((sampled, logprobs))
+        tokens = np.concatenate([prompt, completion.token_ids]).astype(np.int32)
+    yield from _close(tokens, pieces, advantage)
+
+
+def _close(tokens: np.ndarray, pieces: list[tuple[np.ndarray, np.ndarray]], advantage: float) -> Iterator[Sample]:
+    if any(sampled.any() for sampled, _ in pieces):
+        loss_mask = np.concatenate([sampled for sampled, _ in pieces])
+        yield Sample(tokens, loss_mask, np.concatenate([logprobs for _, logprobs in pieces]), advantage)
+
+
+def merge_copies(samples: Iterable[Sample]) -> list[Sample]:
+    """The samples, identical ones merged into the first of them with the sum of their `num_copies`.
+
+    Losses are linear in a token's weight and copies have the same loss, so k copies equal one of weight k.
+    Siblings that agree in tokens but not in logprobs were sampled by different weights and stay apart.
+    """
+    merged: dict[tuple[bytes, bytes, float], list[Sample]] = {}
+    for sample in samples:
+        key = (sample.token_ids.tobytes(), sample.loss_mask.tobytes(), sample.advantage)
+        twins = merged.setdefault(key, [])
+        for i, twin in enumerate(twins):
+            if np.allclose(twin.logprobs, sample.logprobs, rtol=0, atol=COPY_TOLERANCE_NATS):
+                twins[i] = replace(twin, num_copies=twin.num_copies + sample.num_copies)
+                break
+        else:
+            twins.append(sample)
+    return [twin for twins in merged.values() for twin in twins]

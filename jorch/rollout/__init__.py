@@ -1,0 +1,1 @@
+"""One coroutine per trajectory; the sampler protocol and its engines; the tool client."""

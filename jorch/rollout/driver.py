@@ -1,0 +1,242 @@
+"""The rollout driver: one coroutine per trajectory, from a task to a `Trajectory`.
+
+It turns sampled tokens into tool calls and tool results into tokens, and nothing else: batching is the sampler's work,
+prices and verdicts are the tool server's. A bad rollout is data; only a dead server stops the run.
+"""
+
+import asyncio
+import hashlib
+import itertools
+import uuid
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from jorch.config import ChatConfig, RolloutConfig
+from jorch.data.chat import ParsedCalls, parse_calls, render_observation, render_prompt, truncate_middle
+from jorch.data.tokenizer import Tokenizer
+from jorch.rollout.sampler import Sampler
+from jorch.rollout.tool_client import Call, OpenSession, SessionOpened, SessionRecord, ToolClient, ToolServerDown
+from jorch.types import (
+    Completion,
+    CompletionRequest,
+    Task,
+    Termination,
+    ToolCall,
+    ToolResult,
+    Trajectory,
+    Turn,
+)
+
+MALFORMED = frozenset({"unknown_tool", "invalid_arguments"})
+"""Errors of the server that the model's own writing caused."""
+_LOST = frozenset({"unknown_session", "session_over"})
+
+
+class SessionLost(Exception):
+    """The tool server forgot a session (it was restarted): the attempt says nothing about the policy."""
+
+
+@dataclass
+class Driver:
+    """Everything that the coroutines of a run share. Text is encoded and parsed once per distinct text."""
+
+    sampler: Sampler
+    tools: ToolClient
+    tokenizer: Tokenizer
+    chat: ChatConfig
+    config: RolloutConfig
+    _nonce: str = field(default_factory=lambda: uuid.uuid4().hex[:12])
+    """A server that outlives this process must not take a resumed run's sessions for finished ones."""
+    _prompts: dict[str, np.ndarray] = field(default_factory=dict)
+    _observations: dict[tuple[str, ...], np.ndarray] = field(default_factory=dict)
+    _parsed: dict[bytes, ParsedCalls] = field(default_factory=dict)
+
+    async def probe(self, tasks: Sequence[Task]) -> None:
+        """Open one session per environment and domain, so that a task nobody can play is found before the first step.
+
+        Raises ValueError where the server refuses it.
+        """
+        firsts = {(task.environment, task.domain): task for task in reversed(tasks)}
+        for task in firsts.values():
+            session_id = f"{self._nonce}/probe/{task.task_id}"
+            await self._open(task, session_id, seed=0)
+            await self.tools.finish(session_id)
+
+    async def run_groups(
+        self, tasks: Sequence[Task], group_size: int, *, run_id: str, seed: int, temperature: float
+    ) -> list[list[Trajectory]]:
+        """`group_size` sibling trajectories for every task, in order.
+
+        Args:
+            run_id: tells this call from others of the run, e.g. "step-12".
+            seed: of the sampling noise; each trajectory derives its own from it.
+
+        Raises:
+            ToolServerDown: the server is gone after all retries, or has lost every session.
+            ValueError: the server refuses a task.
+        """
+        self._prompts.clear()
+        ids = [
+            [f"{run_id}/{position}/{task.task_id}/{i}" for i in range(group_size)]
+            for position, task in enumerate(tasks)
+        ]
+        self.sampler.expect(list(itertools.chain.from_iterable(ids)))
+        try:
+            async with asyncio.TaskGroup() as running:
+                groups = [
+                    [
+                        running.create_task(self.run_task(task, trajectory_id, seed, temperature))
+                        for trajectory_id in siblings
+                    ]
+                    for task, siblings in zip(tasks, ids, strict=True)
+                ]
+        except BaseExceptionGroup as failures:
+            # Hundreds of trajectories fail of one cause: the first says it all.
+            raise failures.exceptions[0] from None
+        results = [[task.result() for task in siblings] for siblings in groups]
+        if all(t.termination == "infra_error" for siblings in results for t in siblings):
+            raise ToolServerDown(f"tool server {self.tools.url} lost all sessions of {run_id}: it was restarted")
+        return results
+
+    async def run_task(self, task: Task, trajectory_id: str, seed: int, temperature: float) -> Trajectory:
+        """One trajectory; after an infrastructure failure a fresh attempt, as often as the config allows."""
+        try:
+            for attempt in range(self.config.trajectory_retries + 1):
+                session_id = f"{self._nonce}/{trajectory_id}/{attempt}"
+                try:
+                    return await self._attempt(task, trajectory_id, session_id, seed, temperature)
+                except SessionLost:
+                    self.sampler.release(trajectory_id)
+            return Trajectory(task.task_id, trajectory_id, (), "infra_error", 0.0, 0, 0.0, 0.0, {})
+        finally:
+            self.sampler.release(trajectory_id)
+
+    async def _attempt(
+        self, task: Task, trajectory_id: str, session_id: str, seed: int, temperature: float
+    ) -> Trajectory:
+        opened = await self._open(task, session_id, seed)
+        token_ids = self._prompt(task, opened)
+        turns: list[Turn] = []
+        malformed = 0
+        termination: Termination = "max_turns"
+        for number in range(self.config.max_turns):
+            if len(token_ids) + self.config.max_tokens_per_turn > self.sampler.max_context_tokens:
+                termination = "max_tokens"
+                break
+            noise = _derive_seed(seed, f"{trajectory_id}/{number}")
+            completion = await self.sampler.complete(
+                CompletionRequest(trajectory_id, token_ids, self.config.max_tokens_per_turn, temperature, noise)
+            )
+            calls, results = await self._act(session_id, number, completion)
+            turns.append(Turn(token_ids, completion, calls, results))
+            malformed += sum(result.error in MALFORMED for result in results)
+            ending = self._ending(completion, results, malformed)
+            if ending:
+                termination = ending
+                break
+            observation = self._observation(results)
+            token_ids = np.concatenate([token_ids, completion.token_ids, observation])
+        record = await self.tools.finish(session_id)
+        if record.error in _LOST:
+            raise SessionLost
+        return self._trajectory(task, trajectory_id, turns, termination, malformed, record)
+
+    async def _open(self, task: Task, session_id: str, seed: int) -> SessionOpened:
+        opened = await self.tools.open(
+            OpenSession(session_id, task.environment, task.setup, _derive_seed(seed, task.task_id))
+        )
+        if opened.error:
+            raise ValueError(f"the tool server refused task {task.task_id}: {opened.error}")
+        return opened
+
+    async def _act(
+        self, session_id: str, number: int, completion: Completion
+    ) -> tuple[tuple[ToolCall, ...], tuple[ToolResult, ...]]:
+        """Execute the calls of one completion in order. What does not parse is answered here, for free."""
+        parsed = self._parse(completion)
+        calls = parsed.calls
+        if not calls and not parsed.errors:
+            calls = (ToolCall("0", "", {"content": parsed.text}),)
+        results: list[ToolResult] = []
+        for call in calls:
+            answer = await self.tools.call(Call(session_id, f"{number}.{call.call_id}", call.name, call.arguments))
+            if answer.error in _LOST and not (results and results[-1].ended):
+                raise SessionLost
+            results.append(
+                ToolResult(
+                    call.call_id,
+                    answer.tool,
+                    answer.content,
+                    answer.cost_usd,
+                    answer.latency_s,
+                    answer.error,
+                    answer.ended,
+                )
+            )
+            if answer.ended:
+                break
+        results += [
+            ToolResult("", "", f"error: {line}", 0.0, 0.0, "invalid_arguments", False) for line in parsed.errors
+        ]
+        return calls[: len(results)], tuple(results)
+
+    def _ending(self, completion: Completion, results: Sequence[ToolResult], malformed: int) -> Termination | None:
+        """Why the trajectory ends after these results; None where it goes on."""
+        for result in results:
+            if result.error == "env_error":
+                return "env_error"
+            if result.ended:
+                return "invalid" if result.error else "answered"
+        if malformed >= self.config.max_malformed_calls:
+            return "invalid"
+        return "max_tokens" if completion.finish_reason == "length" else None
+
+    def _trajectory(
+        self,
+        task: Task,
+        trajectory_id: str,
+        turns: list[Turn],
+        termination: Termination,
+        malformed: int,
+        record: SessionRecord,
+    ) -> Trajectory:
+        sampled = sum(len(turn.completion.token_ids) for turn in turns)
+        return Trajectory(
+            task_id=task.task_id,
+            trajectory_id=trajectory_id,
+            turns=tuple(turns),
+            termination=termination,
+            outcome=record.outcome if termination == "answered" else 0.0,
+            num_malformed=malformed,
+            cost_usd=record.cost_usd + sampled * self.config.orchestrator_usd_per_million_tokens / 1e6,
+            latency_s=record.latency_s + sampled * self.config.orchestrator_seconds_per_token,
+            tool_counts=dict(Counter(record.tool_counts)),
+        )
+
+    def _prompt(self, task: Task, opened: SessionOpened) -> np.ndarray:
+        if task.task_id not in self._prompts:
+            text = render_prompt(opened.messages or task.messages, opened.tools or task.tools, self.chat.style)
+            ids = self.tokenizer.encode(text)
+            self._prompts[task.task_id] = truncate_middle(ids, self.config.max_prompt_tokens)
+        return self._prompts[task.task_id]
+
+    def _parse(self, completion: Completion) -> ParsedCalls:
+        key = completion.token_ids.tobytes()
+        if key not in self._parsed:
+            self._parsed[key] = parse_calls(self.tokenizer.decode(completion.token_ids))
+        return self._parsed[key]
+
+    def _observation(self, results: Sequence[ToolResult]) -> np.ndarray:
+        contents = tuple(result.content for result in results)
+        if contents not in self._observations:
+            text = render_observation(contents, self.chat.style)
+            self._observations[contents] = self.tokenizer.encode(text)
+        return self._observations[contents]
+
+
+def _derive_seed(seed: int, name: str) -> int:
+    digest = hashlib.blake2b(f"{seed}/{name}".encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "big") >> 1

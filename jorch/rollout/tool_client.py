@@ -1,0 +1,178 @@
+"""The rollout driver's side of the tool server: coalesced requests, time limits, retries.
+
+Calls made in the same event-loop tick travel in one request, so hundreds of concurrent trajectories need few
+connections. Every request may be repeated (`tools_server/wire.py`), so a network failure is retried with
+exponential back-off; when that is spent, `ToolServerDown` names the address and the last failure.
+"""
+
+import asyncio
+import json
+import os
+from collections.abc import Callable
+from typing import Any, NamedTuple, Self
+
+import aiohttp
+
+from tools_server.wire import (
+    API_VERSION,
+    MAX_ITEMS,
+    Call,
+    CallResult,
+    OpenSession,
+    SessionOpened,
+    SessionRecord,
+    to_json,
+)
+
+TOKEN_VARIABLE = "JORCH_TOOLS_TOKEN"
+BACKOFF_S = 0.5
+"""Before the first retry; doubled before each further one."""
+
+
+class ToolServerDown(ConnectionError):
+    """The server did not answer after all retries. The message names its address and the last failure."""
+
+
+class _Endpoint(NamedTuple):
+    path: str
+    items: str
+    answers: str
+    encode: Callable[[Any], Any]
+    decode: Callable[..., Any]
+
+
+_OPEN = _Endpoint("/v1/sessions", "sessions", "sessions", to_json, SessionOpened)
+_CALL = _Endpoint("/v1/calls", "calls", "results", to_json, CallResult)
+_FINISH = _Endpoint("/v1/finish", "session_ids", "records", str, SessionRecord)
+
+_Queue = list[tuple[Any, asyncio.Future[Any]]]
+
+
+class ToolClient:
+    """An async context manager; entering it asks the server for its health.
+
+    Every method raises ToolServerDown as above, and ValueError with the server's own line where it refuses
+    the request (HTTP 4xx: wrong token, malformed batch). A refused session is an answer, with `error` set.
+    """
+
+    def __init__(self, url: str, *, timeout_s: float, retries: int) -> None:
+        """`timeout_s` limits each attempt; `retries` follow the first one."""
+        if not url.startswith(("http://", "https://")):
+            raise ValueError(f"tools_server.url: got {url!r}, expected an address such as http://127.0.0.1:8900")
+        self.url = url.rstrip("/")
+        self._timeout_s = timeout_s
+        self._retries = retries
+        self._queues: dict[_Endpoint, _Queue] = {_OPEN: [], _CALL: [], _FINISH: []}
+        self._exchanges: set[asyncio.Task[None]] = set()
+
+    async def __aenter__(self) -> Self:
+        token = os.environ.get(TOKEN_VARIABLE)
+        self._http = aiohttp.ClientSession(
+            headers={"Authorization": f"Bearer {token}"} if token else {},
+            timeout=aiohttp.ClientTimeout(total=self._timeout_s),
+            connector=aiohttp.TCPConnector(limit=0),
+        )
+        try:
+            version = (await self.health()).get("version")
+            if version != API_VERSION:
+                raise ValueError(f"tool server {self.url} speaks version {version}, this program {API_VERSION}")
+        except BaseException:
+            await self._http.close()
+            raise
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        for exchange in self._exchanges:
+            exchange.cancel()
+        await asyncio.gather(*self._exchanges, return_exceptions=True)
+        await self._http.close()
+
+    async def health(self) -> dict[str, Any]:
+        """{"status": "ok", "version": ..., "sessions": n}"""
+        return await self._request("GET", "/healthz")
+
+    async def open(self, session: OpenSession) -> SessionOpened:
+        return await self._send(_OPEN, session)
+
+    async def call(self, call: Call) -> CallResult:
+        return await self._send(_CALL, call)
+
+    async def finish(self, session_id: str) -> SessionRecord:
+        return await self._send(_FINISH, session_id)
+
+    def _send(self, endpoint: _Endpoint, item: Any) -> asyncio.Future[Any]:
+        loop = asyncio.get_running_loop()
+        queue = self._queues[endpoint]
+        if not queue:
+            loop.call_soon(self._flush, endpoint)
+        answer: asyncio.Future[Any] = loop.create_future()
+        queue.append((item, answer))
+        return answer
+
+    def _flush(self, endpoint: _Endpoint) -> None:
+        queue, self._queues[endpoint] = self._queues[endpoint], []
+        for start in range(0, len(queue), MAX_ITEMS):
+            exchange = asyncio.create_task(self._exchange(endpoint, queue[start : start + MAX_ITEMS]))
+            self._exchanges.add(exchange)
+            exchange.add_done_callback(self._exchanges.discard)
+
+    async def _exchange(self, endpoint: _Endpoint, batch: _Queue) -> None:
+        """Send one batch and give every waiter its own answer, or its own copy of the failure."""
+        try:
+            payload = await self._request(
+                "POST", endpoint.path, {endpoint.items: [endpoint.encode(item) for item, _ in batch]}
+            )
+            records = [endpoint.decode(**record) for record in payload[endpoint.answers]]
+            assert len(records) == len(batch), (endpoint.path, len(records), len(batch))
+        except asyncio.CancelledError:
+            for _, answer in batch:
+                answer.cancel()
+            raise
+        except Exception as error:
+            for _, answer in batch:
+                if not answer.done():
+                    answer.set_exception(type(error)(*error.args))
+        else:
+            for (_, answer), record in zip(batch, records, strict=True):
+                if not answer.done():
+                    answer.set_result(record)
+
+    async def _request(self, method: str, path: str, payload: dict[str, Any] | None = None) -> dict[str, Any]:
+        """The answer's JSON object, after as many attempts as it takes and `retries` allow."""
+        body = None if payload is None else json.dumps(payload).encode()
+        failure = ""
+        for attempt in range(self._retries + 1):
+            if attempt:
+                await asyncio.sleep(BACKOFF_S * 2 ** (attempt - 1))
+            try:
+                async with self._http.request(
+                    method, self.url + path, data=body, headers={"Content-Type": "application/json"}
+                ) as response:
+                    status, text = response.status, await response.read()
+            except TimeoutError:
+                failure = f"no answer within {self._timeout_s:g} s"
+                continue
+            except (aiohttp.ClientError, OSError) as error:
+                failure = str(error) or type(error).__name__
+                continue
+            if status < 500:
+                return self._read(path, status, text)
+            failure = f"HTTP {status}: {_error_line(text)}"
+        attempts = "1 attempt" if self._retries == 0 else f"{self._retries + 1} attempts"
+        raise ToolServerDown(f"tool server {self.url} does not answer ({attempts} at {path}): {failure}")
+
+    def _read(self, path: str, status: int, text: bytes) -> dict[str, Any]:
+        if status != 200:
+            raise ValueError(f"tool server {self.url} refused {path} (HTTP {status}): {_error_line(text)}")
+        try:
+            return json.loads(text)
+        except ValueError:
+            raise ValueError(f"{self.url} is no tool server: {path} did not answer with JSON") from None
+
+
+def _error_line(text: bytes) -> str:
+    """The server's own line; of another server's page, its beginning."""
+    try:
+        return str(json.loads(text)["error"])
+    except (ValueError, KeyError, TypeError):
+        return " ".join(text.decode(errors="replace").split())[:200]

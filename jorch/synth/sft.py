@@ -1,0 +1,106 @@
+"""`jorch sft`: where demonstrations, tokenizer and starting weights come from; `train/sft.py` does the rest."""
+
+import hashlib
+import json
+import random
+from pathlib import Path
+
+import jax
+
+from jorch.config import SftConfig
+from jorch.data import tokenizer as tokenizers
+from jorch.data.chat import CHAT_SYMBOLS, demonstration_tokens
+from jorch.data.tasks import shuffled
+from jorch.data.tokenizer import SentencePieceTokenizer, Tokenizer
+from jorch.export import hf, pretrained
+from jorch.model.transformer import Params, Qwen3
+from jorch.run_folder import open_run_folder
+from jorch.sharding import make_mesh
+from jorch.synth import miniature
+from jorch.train import sft
+
+MINIATURE = "miniature"
+SHIPPED_DIGEST = pretrained.BASE.with_suffix(".sha256")
+
+
+def run(config: SftConfig, *, resume: bool, fresh: bool) -> None:
+    """Clone behaviour, then export to OUT/model. Raises ValueError for what a user can mend."""
+    with open_run_folder(config, resume=resume, fresh=fresh) as folder:
+        mesh = make_mesh(config.mesh)
+        model, params, tokenizer = _start(config, mesh)
+        demonstrations = _demonstrations(config, tokenizer)
+        params = sft.train(config, folder, mesh, model, params, tokenizer, demonstrations)
+        hf.save(folder / "model", model.config, params, tokenizer)
+        print(f"model: {folder / 'model'}")
+        if config.demonstrations == MINIATURE:
+            _compare_with_shipped(digest(folder / "model"))
+
+
+def _compare_with_shipped(rebuilt: str) -> None:
+    """Say whether a rebuilt base is the shipped one. Another CPU may round otherwise: that is no error."""
+    shipped = SHIPPED_DIGEST.read_text().strip()
+    verdict = "the shipped base" if rebuilt == shipped else f"not the shipped base, which is {shipped}"
+    print(f"sha256 {rebuilt}: {verdict}")
+
+
+def digest(folder: Path) -> str:
+    """SHA-256 over the files of an exported model, in the order of their names."""
+    content = hashlib.sha256()
+    for name in ("config.json", "model.safetensors", "tokenizer.model"):
+        content.update((folder / name).read_bytes())
+    return content.hexdigest()
+
+
+def train_tokenizer() -> Tokenizer:
+    """The miniature world's tokenizer; the same bytes every time."""
+    symbols = [*CHAT_SYMBOLS, *miniature.symbols()]
+    return SentencePieceTokenizer(tokenizers.train_sentencepiece(symbols))
+
+
+def _start(config: SftConfig, mesh: jax.sharding.Mesh) -> tuple[Qwen3, Params, Tokenizer]:
+    if config.init_from is not None:
+        # The architecture is the weights' own; how to compute with it is the run's.
+        settings = config.model.model_dump(include={"param_dtype", "compute_dtype", "remat"}) if config.model else {}
+        start = pretrained.load(config.init_from, mesh, **settings)
+        return start.model, start.params, start.tokenizer
+    tokenizer = tokenizers.load(config.tokenizer) if config.tokenizer else train_tokenizer()
+    assert config.model is not None
+    if config.model.vocab_size < tokenizer.vocab_size:
+        raise ValueError(
+            f"model.vocab_size={config.model.vocab_size} is smaller than the tokenizer's "
+            f"{tokenizer.vocab_size}; set it to at least that"
+        )
+    model = Qwen3(config.model)
+    return model, model.init(jax.random.key(config.seed), mesh), tokenizer
+
+
+def _demonstrations(config: SftConfig, tokenizer: Tokenizer) -> sft.Demonstrations:
+    if config.demonstrations == MINIATURE:
+        return lambda number: miniature.demonstration(
+            random.Random(f"{config.seed}/demonstration/{number}"), config.rule_fraction
+        )
+    rows = _read(Path(config.demonstrations), config, tokenizer)
+    order = shuffled(len(rows), config.seed)
+    return lambda number: rows[order(number)]
+
+
+def _read(path: Path, config: SftConfig, tokenizer: Tokenizer) -> list[list[dict[str, str]]]:
+    """All demonstrations of a file, each checked to become a sample that fits a row."""
+    if not path.is_file():
+        raise ValueError(f"no demonstrations at {path}; set demonstrations to a JSONL file")
+    rows = []
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+        try:
+            messages = json.loads(line)["messages"]
+            token_ids, _ = demonstration_tokens(messages, tokenizer, config.chat.style)
+        except (ValueError, KeyError, TypeError) as error:
+            reason = f"no {error}" if isinstance(error, KeyError) else str(error)
+            raise ValueError(f"{path}:{number}: unreadable demonstration: {reason}") from error
+        if len(token_ids) > config.batch.row_tokens:
+            raise ValueError(
+                f"{path}:{number}: {len(token_ids)} tokens do not fit batch.row_tokens={config.batch.row_tokens}"
+            )
+        rows.append(messages)
+    if not rows:
+        raise ValueError(f"{path}: no demonstrations in it")
+    return rows

@@ -1,0 +1,1 @@
+"""Train state, optimizer, token log-probabilities, the train step and the SFT stage."""

@@ -1,0 +1,311 @@
+"""The in-process sampler as the driver uses it: many trajectories of several turns, against the float64 model.
+
+A trajectory here is a prompt and a list of observations; after each completion comes the next observation.
+"""
+
+import asyncio
+import zlib
+from dataclasses import dataclass
+
+import jax
+import numpy as np
+import pytest
+
+from jorch.config import SamplerConfig
+from jorch.data.packing import pack
+from jorch.model.transformer import Qwen3
+from jorch.rollout.jax_sampler import JaxSampler
+from jorch.train.step import make_logprobs_fn
+from jorch.types import Completion, CompletionRequest, Sample
+
+MAX_TOKENS, STOP_ID, CONTEXT = 3, 9, 44
+# Float32 against float64 through two layers, logits up to about 10.
+ATOL = 2e-4
+
+
+@dataclass(frozen=True)
+class Script:
+    """What a trajectory is told. `name` decides its seeds."""
+
+    name: str
+    prompt: tuple[int, ...]
+    observations: tuple[tuple[int, ...], ...] = ()
+    slow_turn: int = -1
+    """Before this turn it waits for `late`."""
+
+
+def scripts(count, *, siblings=1, seed=0):
+    """Ragged prompts (shared by `siblings`), 1 to 6 turns. Each turn some rows are told much and the others little, so
+    that blocks add up to more columns than any row has tokens."""
+    rng = np.random.default_rng(seed)
+    made = []
+    for i in range(count):
+        if i % siblings == 0:
+            prompt = tuple(rng.integers(0, 64, rng.integers(2, 7)).tolist())
+        lengths = [7 if (i + turn) % 3 == 0 else 1 for turn in range(rng.integers(0, 6))]
+        turns = [tuple(rng.integers(0, 64, length).tolist()) for length in lengths]
+        made.append(Script(f"t{i}", prompt, tuple(turns)))
+    return made
+
+
+async def play(sampler, script, temperature, late=None):
+    """The prompt and completion of every turn."""
+    tokens, turns = np.array(script.prompt, np.int32), []
+    try:
+        for number in range(len(script.observations) + 1):
+            if number == script.slow_turn and late is not None:
+                await late.wait()
+            seed = zlib.crc32(f"{script.name}/{number}".encode())
+            completion = await sampler.complete(CompletionRequest(script.name, tokens, MAX_TOKENS, temperature, seed))
+            turns.append((tokens, completion))
+            if number < len(script.observations):
+                observation = np.array(script.observations[number], np.int32)
+                tokens = np.concatenate([tokens, completion.token_ids, observation])
+    finally:
+        sampler.release(script.name)
+    return turns
+
+
+def play_all(sampler, made, temperature=0.0):
+    """Turns by name, all trajectories at once."""
+
+    async def run():
+        sampler.expect([script.name for script in made])
+        async with asyncio.timeout(120):
+            return await asyncio.gather(*(play(sampler, script, temperature) for script in made))
+
+    return dict(zip([script.name for script in made], asyncio.run(run()), strict=True))
+
+
+@pytest.fixture(scope="module")
+def make_sampler(tiny):
+    """Samplers of any config that share their compiled programs."""
+    model, params = tiny
+    samplers = []
+
+    def make(**changes):
+        config = SamplerConfig(**({"max_rows": 32, "max_context_tokens": CONTEXT, "prefill_chunk_tokens": 4} | changes))
+        sampler = JaxSampler(model, params, config, max_tokens=MAX_TOKENS, stop_id=STOP_ID)
+        if samplers:
+            sampler.decoder = samplers[0].decoder
+        samplers.append(sampler)
+        return sampler
+
+    yield make
+    for sampler in samplers:
+        sampler.close()
+
+
+@pytest.fixture
+def check(tiny, qwen3_logits):
+    """Compare turns with the float64 model, which has no cache."""
+    model, params = tiny
+
+    def check_turns(turns, temperature):
+        for tokens, completion in turns:
+            ids = completion.token_ids
+            logits = qwen3_logits(params, model.config, np.concatenate([tokens, ids]))[len(tokens) - 1 : -1]
+            chosen = logits[np.arange(len(ids)), ids]
+            if temperature == 0:
+                np.testing.assert_array_less(logits.max(-1) - ATOL, chosen)
+            scaled = logits / (temperature or 1.0)
+            normaliser = np.log(np.exp(scaled - scaled.max(-1, keepdims=True)).sum(-1)) + scaled.max(-1)
+            expected = chosen / (temperature or 1.0) - normaliser
+            np.testing.assert_allclose(completion.logprobs, expected, rtol=0, atol=ATOL)
+            stopped = ids[-1] == STOP_ID
+            assert completion.finish_reason == ("stop" if stopped else "length")
+            assert stopped or len(ids) == MAX_TOKENS
+
+    return check_turns
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_a_cache_kept_over_turns_equals_none(temperature, make_sampler, check):
+    """40 trajectories in two generations: rows end at different turns, batches shrink, columns are compacted."""
+    sampler = make_sampler()
+    made = scripts(40, siblings=4)
+    played = play_all(sampler, made, temperature)
+    for turns in played.values():
+        check(turns, temperature)
+    assert sampler.decoder.compact._cache_size() > 0, "the columns never ran out"
+    assert sampler.decoder.take_rows._cache_size() > 1, "no batch ever shrank"
+    assert sampler.stats.sampled_tokens == sum(len(c.token_ids) for turns in played.values() for _, c in turns)
+
+
+def test_sampled_tokens_do_not_depend_on_the_batch(make_sampler):
+    sampler = make_sampler()
+    made = scripts(40, siblings=4)
+    together = play_all(sampler, made, 1.0)
+    for few in (made[:3], made[33:34]):
+        for name, turns in play_all(sampler, few, 1.0).items():
+            for (_, completion), (_, expected) in zip(turns, together[name], strict=True):
+                np.testing.assert_array_equal(completion.token_ids, expected.token_ids)
+                np.testing.assert_allclose(completion.logprobs, expected.logprobs, rtol=0, atol=ATOL)
+    siblings = [tuple(c.token_ids.tolist() for _, c in together[f"t{i}"]) for i in range(4)]
+    assert len(set(map(str, siblings))) > 1, "siblings of one prompt draw different tokens"
+
+
+def test_logprobs_equal_the_trainers_on_the_packed_samples(make_sampler, tiny):
+    model, params = tiny
+    samples = []
+    for turns in play_all(make_sampler(), scripts(24, siblings=4, seed=1), 1.0).values():
+        prompt, last = turns[-1]
+        token_ids = np.concatenate([prompt, last.token_ids])
+        mask, logprobs = np.zeros(len(token_ids), bool), np.zeros(len(token_ids), np.float32)
+        for tokens, completion in turns:
+            where = slice(len(tokens), len(tokens) + len(completion.token_ids))
+            mask[where], logprobs[where] = True, completion.logprobs
+        samples.append(Sample(token_ids, mask, logprobs, 1.0))
+    batch = pack(samples, row_tokens=96, micro_rows=4, num_micro=6)
+    trained = np.asarray(make_logprobs_fn(model)(params, batch))
+    where = batch.loss_weights > 0
+    assert where.sum() == sum(s.loss_mask.sum() for s in samples)
+    np.testing.assert_allclose(trained[where], batch.sampler_logprobs[where], rtol=0, atol=1e-4)
+
+
+def test_no_program_is_compiled_for_shapes_that_were_there_before(make_sampler):
+    sampler = make_sampler()
+    play_all(sampler, scripts(40, siblings=4), 1.0)
+    warm = sampler.decoder.num_programs()
+    sampler.publish(jax.tree.map(lambda x: x * 1.01, sampler.params), 1)
+    played = play_all(sampler, scripts(40, siblings=4), 1.0)
+    assert sampler.decoder.num_programs() == warm
+    assert {c.policy_version for turns in played.values() for _, c in turns} == {1}
+
+
+def test_an_append_block_may_be_any_number_of_tokens(make_sampler, check):
+    """5 is no power of two: padding must not reach past the columns when the longest row is full."""
+    sampler = make_sampler(prefill_chunk_tokens=5, max_rows=8, max_context_tokens=24)
+    long = Script("long", (1,) * (24 - MAX_TOKENS))
+    made = [long, *(Script(f"s{i}", (i, 2), ((3,) * 5, (4,) * 5)) for i in range(3))]
+    for turns in play_all(sampler, made).values():
+        check(turns, 0.0)
+
+
+def test_a_straggler_holds_up_nobody_after_max_wait_s(make_sampler, check):
+    """Late at its first turn or at a later one, it then gets what it would have got at once."""
+    for slow_turn in (0, 1):
+        sampler = make_sampler(max_wait_s=0.05)
+        straggler = Script("slow", (5, 6, 7), ((8,), (9, 10)), slow_turn)
+        others = [Script(f"f{i}", (i, 1, 2), ((3, 4),)) for i in range(3)]
+
+        async def run(sampler=sampler, straggler=straggler, others=others):
+            late = asyncio.Event()
+            sampler.expect([straggler.name, *(script.name for script in others)])
+            async with asyncio.timeout(120):
+                slow = asyncio.create_task(play(sampler, straggler, 0.0, late))
+                fast = await asyncio.gather(*(play(sampler, script, 0.0) for script in others))
+                late.set()
+                return [await slow, *fast]
+
+        for turns in asyncio.run(run()):
+            check(turns, 0.0)
+
+
+def test_who_asks_during_a_wave_waits_for_max_wait_s_only(make_sampler, check):
+    """The others hold their answers back; nothing but the end of the wave can tell that somebody asked."""
+    sampler = make_sampler(max_wait_s=0.05)
+    made = [Script("slow", (5, 6)), Script("fast", (1, 2))]
+
+    async def run():
+        sampler.expect(["slow", "fast"])
+        fast = asyncio.create_task(sampler.complete(CompletionRequest("fast", np.int32([1, 2]), MAX_TOKENS, 0.0, 1)))
+        while sampler._wave is None:
+            await asyncio.sleep(0.01)
+        async with asyncio.timeout(120):
+            slow = await play(sampler, made[0], 0.0)
+            turns = [slow, [(np.int32([1, 2]), await fast)]]
+        sampler.release("fast")
+        return turns
+
+    for turns in asyncio.run(run()):
+        check(turns, 0.0)
+
+
+def test_without_max_wait_s_everybody_is_waited_for(make_sampler):
+    """So that the same run always makes the same batches."""
+    sampler = make_sampler()
+
+    async def run():
+        late = asyncio.Event()
+        sampler.expect(["slow", "fast"])
+        slow = asyncio.create_task(play(sampler, Script("slow", (5, 6), slow_turn=0), 0.0, late))
+        fast = asyncio.create_task(play(sampler, Script("fast", (1, 2)), 0.0))
+        await asyncio.sleep(0.2)
+        waited = not fast.done()
+        late.set()
+        await asyncio.gather(slow, fast)
+        return waited
+
+    assert asyncio.run(run())
+    assert sampler.stats.waves == 1
+
+
+def test_rows_that_leave_without_asking_leave_no_gap(make_sampler, check):
+    """9 expected rows need the bigger batch, the 8 that ask the smaller one."""
+    sampler = make_sampler()
+    made = scripts(9, seed=2)
+
+    async def run():
+        sampler.expect([script.name for script in made])
+        sampler.release(made[0].name)
+        async with asyncio.timeout(120):
+            return await asyncio.gather(*(play(sampler, script, 0.0) for script in made[1:]))
+
+    for turns in asyncio.run(run()):
+        check(turns, 0.0)
+
+
+def test_a_trajectory_may_begin_again(make_sampler, check):
+    """After an infrastructure failure the driver releases it and asks from its first prompt on."""
+    sampler = make_sampler()
+    made = scripts(5, seed=3)
+
+    async def run():
+        sampler.expect([script.name for script in made])
+        others = [asyncio.create_task(play(sampler, script, 0.0)) for script in made[1:]]
+        first = made[0]
+        request = CompletionRequest(first.name, np.array(first.prompt, np.int32), MAX_TOKENS, 0.0, 1)
+        async with asyncio.timeout(120):
+            await sampler.complete(request)
+            sampler.release(first.name)
+            return [await play(sampler, first, 0.0), *await asyncio.gather(*others)]
+
+    for turns in asyncio.run(run()):
+        check(turns, 0.0)
+
+
+def test_a_failure_reaches_everybody_who_waits(make_sampler, monkeypatch):
+    sampler = make_sampler()
+
+    def fail(*_):
+        raise MemoryError("out of memory")
+
+    monkeypatch.setattr(sampler, "_decode", fail)
+
+    async def run():
+        sampler.expect(["a", "b"])
+        return await asyncio.gather(
+            *(play(sampler, Script(name, (1, 2)), 0.0) for name in "ab"), return_exceptions=True
+        )
+
+    assert [type(error) for error in asyncio.run(run())] == [MemoryError, MemoryError]
+
+
+def test_what_breaks_the_contract_is_our_own_mistake(make_sampler):
+    sampler = make_sampler()
+
+    async def ask(tokens):
+        return await sampler.complete(CompletionRequest("a", np.array(tokens, np.int32), MAX_TOKENS, 0.0, 1))
+
+    async def rewrite_the_past():
+        first: Completion = await ask([1, 2])
+        return await ask([1, 3, *first.token_ids.tolist(), 4])
+
+    with pytest.raises(AssertionError, match="exceed the context"):
+        asyncio.run(ask([1] * CONTEXT))
+    with pytest.raises(AssertionError, match="must extend"):
+        asyncio.run(rewrite_the_past())
+    with pytest.raises(AssertionError, match="weights change only between generations"):
+        sampler.publish(sampler.params, 1)
+    sampler.release("a")

@@ -1,0 +1,109 @@
+"""`python -m tools_server` as a process: start, stop, and what it says when it cannot start."""
+
+import asyncio
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+
+import aiohttp
+import pytest
+
+CONFIG = """\
+experts:
+  e: {kind: simulated, skill: {default: 1}, usd_per_million_tokens: 1, tokens_per_call: 1000, latency_s: 2}
+"""
+
+
+@pytest.fixture
+def start(tmp_path, monkeypatch):
+    """Starts servers, and ends those that a failing test leaves."""
+    monkeypatch.delenv("JORCH_TOOLS_TOKEN", raising=False)
+    children = []
+
+    def start_server(*options, config=CONFIG, **popen):
+        (tmp_path / "server.yaml").write_text(config)
+        command = [sys.executable, "-m", "tools_server", "--config", str(tmp_path / "server.yaml"), *options]
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+        children.append(subprocess.Popen(command, **pipes | popen))
+        return children[-1]
+
+    yield start_server
+    for child in children:
+        child.kill()
+        child.wait()
+        for pipe in (child.stdin, child.stdout, child.stderr):
+            if pipe is not None:
+                pipe.close()
+
+
+def read_url(child):
+    line = child.stdout.readline()
+    assert line.startswith("tools-server ready http://127.0.0.1:"), line + child.stderr.read()
+    return line.split()[-1]
+
+
+def failure(child):
+    """The only line on stderr of a child that a user's mistake ends."""
+    out, err = child.communicate(timeout=60)
+    assert (child.returncode, out) == (2, "")
+    [line] = err.splitlines()
+    return line
+
+
+def test_sigterm_drains_and_exits_0(start):
+    child = start("--port", "0", config=CONFIG + "time_scale: 1\n")
+    url = read_url(child)
+
+    async def stop_during_a_call():
+        async with aiohttp.ClientSession() as http:
+
+            async def post(path, payload):
+                async with http.post(url + path, data=json.dumps(payload)) as response:
+                    return await response.json()
+
+            setup = {"model_mapping": {"answer-1": "e"}, "simulation": {"difficulty": 1}}
+            session = {"session_id": "a", "environment": "experts", "setup": setup}
+            await post("/v1/sessions", {"sessions": [session]})
+            call = {"session_id": "a", "call_id": "0", "name": "answer", "arguments": {"model": "answer-1"}}
+            answer = asyncio.create_task(post("/v1/calls", {"calls": [call]}))
+            await asyncio.sleep(0.7)
+            child.send_signal(signal.SIGTERM)
+            return await answer
+
+    assert asyncio.run(stop_during_a_call())["results"][0]["content"] == "answered"
+    assert child.wait(timeout=30) == 0
+
+
+def test_stops_when_stdin_closes(start):
+    child = start("--port", "0", "--exit-with-parent", stdin=subprocess.PIPE)
+    read_url(child)
+    assert child.poll() is None
+    child.stdin.close()
+    assert child.wait(timeout=30) == 0
+
+
+def test_a_port_in_use(start):
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        assert failure(start("--port", str(port))) == (
+            f"port {port} is in use on 127.0.0.1; pass --port with another, or 0 for a free one"
+        )
+
+
+def test_mistakes_in_config_and_options(start, tmp_path):
+    children = [
+        start("--port", "0", "--exit-with-parent", stdin=subprocess.DEVNULL),
+        start("--port", "0", "--host", "0.0.0.0"),
+        start("--port", "0", "--host", "no.such.host.invalid", env=os.environ | {"JORCH_TOOLS_TOKEN": "t"}),
+        start("--port", "0", "--config", str(tmp_path / "absent.yaml")),
+    ]
+    lines = [failure(child) for child in children]
+    assert lines[0] == "--exit-with-parent needs a pipe from the parent as stdin"
+    assert lines[1] == "host 0.0.0.0 is open to other machines: set JORCH_TOOLS_TOKEN, or use 127.0.0.1"
+    assert lines[2].startswith("cannot listen on no.such.host.invalid: ")
+    assert lines[3] == f"{tmp_path}/absent.yaml: cannot be read (No such file or directory)"
+    line = failure(start(config="exports: {}\n"))
+    assert line == f"{tmp_path}/server.yaml:1: unknown key 'exports'; did you mean 'experts'?"

@@ -1,0 +1,1 @@
+"""The asyncio tool server: tools, experts and environments behind one JSON interface."""

@@ -1,0 +1,118 @@
+"""`python -m tools_server --config FILE`: serve until SIGTERM, Ctrl-C or, on request, the parent's death.
+
+The first line on stdout says the address. Exit status: 0 after such a stop, 2 after a user's mistake.
+"""
+
+import argparse
+import asyncio
+import errno
+import ipaddress
+import logging
+import os
+import signal
+import socket
+import stat
+import sys
+from pathlib import Path
+
+from aiohttp import web
+
+from tools_server.app import make_app
+from tools_server.config import TOKEN_VARIABLE, ServerConfig, load_config
+from tools_server.errors import one_line
+
+DRAIN_S = 8.0
+"""How long a stopping server waits for requests under way."""
+
+
+def main() -> int:
+    arguments = _parse()
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    try:
+        config = load_config(arguments.config)
+        overrides = {"host": arguments.host, "port": arguments.port}
+        config = config.model_copy(update={key: value for key, value in overrides.items() if value is not None})
+        asyncio.run(serve(config, arguments.exit_with_parent))
+    except ValueError as error:
+        print(one_line(error, max_characters=1000), file=sys.stderr)
+        return 2
+    return 0
+
+
+async def serve(config: ServerConfig, exit_with_parent: bool) -> None:
+    """Serve until told to stop, then drain. Raises ValueError where it cannot listen."""
+    if not os.environ.get(TOKEN_VARIABLE) and not _is_loopback(config.host):
+        raise ValueError(f"host {config.host} is open to other machines: set {TOKEN_VARIABLE}, or use 127.0.0.1")
+    stop = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, stop.set)
+    if exit_with_parent:
+        _watch_parent(stop)
+    runner = web.AppRunner(make_app(config), access_log=None, shutdown_timeout=DRAIN_S)
+    await runner.setup()
+    try:
+        await _listen(runner, config)
+        host, port = runner.addresses[0][:2]
+        print(f"tools-server ready http://{f'[{host}]' if ':' in host else host}:{port}", flush=True)
+        await stop.wait()
+    finally:
+        await runner.cleanup()
+
+
+async def _listen(runner: web.AppRunner, config: ServerConfig) -> None:
+    try:
+        await web.TCPSite(runner, config.host, config.port).start()
+    except socket.gaierror as error:
+        reason = f"cannot listen on {config.host}: {error.strerror}"
+        raise ValueError(f"{reason}; pass --host with another") from None
+    except OSError as error:
+        if error.errno == errno.EADDRINUSE:
+            reason = f"port {config.port} is in use on {config.host}"
+            raise ValueError(f"{reason}; pass --port with another, or 0 for a free one") from None
+        reason = os.strerror(error.errno or 0)
+        raise ValueError(f"cannot listen on {config.host}:{config.port}: {reason}") from None
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+def _watch_parent(stop: asyncio.Event) -> None:
+    """The parent holds the other end of stdin. However it dies, that end closes, and stdin ends."""
+    stdin = sys.stdin.fileno()
+    if not stat.S_ISFIFO(os.fstat(stdin).st_mode):
+        raise ValueError("--exit-with-parent needs a pipe from the parent as stdin")
+    loop = asyncio.get_running_loop()
+
+    def read() -> None:
+        if not os.read(stdin, 4096):
+            loop.remove_reader(stdin)
+            stop.set()
+
+    loop.add_reader(stdin, read)
+
+
+def _parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m tools_server", description="jorch's tool server")
+    parser.add_argument("--config", type=Path, required=True, help="YAML file (tools_server/config.py)")
+    parser.add_argument("--host", help="address to listen on, instead of the file's")
+    parser.add_argument("--port", type=_port, help="port, instead of the file's; 0 = a free one")
+    parser.add_argument("--exit-with-parent", action="store_true", help="stop when stdin, a pipe, closes")
+    return parser.parse_args()
+
+
+def _port(text: str) -> int:
+    if not text.isdigit() or int(text) > 65535:
+        raise argparse.ArgumentTypeError(f"got {text!r}, expected 0..65535")
+    return int(text)
+
+
+if __name__ == "__main__":
+    status = main()
+    sys.stdout.flush()
+    logging.shutdown()
+    os._exit(status)  # a thread of an environment that hangs would hold a normal exit for ever

@@ -1,0 +1,44 @@
+"""Checks a call's arguments against its tool's JSON schema, before the environment sees it.
+
+Needs jsonschema (with the optional extra tau2), imported only for environments that publish schemas.
+"""
+
+import functools
+import json
+from collections.abc import Callable, Mapping
+from typing import Any
+
+MAX_CHARACTERS = 200
+Check = Callable[[dict[str, Any]], str | None]
+"""Arguments -> None, or what is wrong with them and where."""
+
+
+def compile_checks(tools: list[dict[str, Any]]) -> Mapping[str, Check]:
+    """A check per tool name of OpenAI function schemas. Raises ValueError on a tool without a name."""
+    return _compile(json.dumps(tools, sort_keys=True))
+
+
+@functools.lru_cache(maxsize=256)
+def _compile(tools_json: str) -> Mapping[str, Check]:
+    """Sessions of one environment publish the same schemas, so each list is compiled once per process."""
+    try:
+        from jsonschema.validators import validator_for
+    except ImportError as error:
+        raise ValueError("checking tools' arguments needs the package jsonschema, which is missing") from error
+    checks: dict[str, Check] = {}
+    for tool in json.loads(tools_json):
+        function = tool.get("function", {})
+        if "name" not in function:
+            raise ValueError(f"a tool without function.name: {json.dumps(tool)[:MAX_CHARACTERS]}")
+        schema = function.get("parameters", {"type": "object"})
+        checks[function["name"]] = functools.partial(_first_error, validator_for(schema)(schema))
+    return checks
+
+
+def _first_error(validator: Any, arguments: dict[str, Any]) -> str | None:
+    """The first error in the order of paths, so that siblings with the same mistake read the same words."""
+    errors = [(error.json_path, error.message) for error in validator.iter_errors(arguments)]
+    if not errors:
+        return None
+    path, message = min(errors)
+    return f"{path}: {message}"[:MAX_CHARACTERS]

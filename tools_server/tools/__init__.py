@@ -1,0 +1,1 @@
+"""Tools behind the server: simulated experts."""

@@ -1,0 +1,93 @@
+"""The wire: what travels between the rollout driver and the tool server. Standard library only.
+
+Every endpoint takes and returns a list, so that a driver with hundreds of concurrent trajectories pays for
+one request per burst, not one per call:
+
+    POST /v1/sessions  {"sessions": [OpenSession, ...]}   -> {"sessions": [SessionOpened, ...]}
+    POST /v1/calls     {"calls": [Call, ...]}             -> {"results": [CallResult, ...]}
+    POST /v1/finish    {"session_ids": [str, ...]}        -> {"records": [SessionRecord, ...]}
+    GET  /healthz                                         -> {"status": "ok", "version": ..., "sessions": n}
+    GET  /v1/experts                                      -> {"experts": {name: profile}}
+
+All three POSTs are idempotent: opening a session again or repeating a call_id returns the first answer, and
+finishing twice returns the stored record, so a client may retry after any network failure.
+"""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+API_VERSION = 1
+MAX_ITEMS = 512
+"""Items of one request."""
+
+
+@dataclass(frozen=True, slots=True)
+class OpenSession:
+    """Start one trajectory in an environment. `session_id` is chosen by the client and unique per trajectory.
+
+    Example: OpenSession("s3/train-7/0", "experts", {"model_mapping": {...}, "simulation": {...}}, seed=17)
+    """
+
+    session_id: str
+    environment: str
+    setup: dict[str, Any]
+    seed: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class SessionOpened:
+    """`error` is None when the session is open; otherwise it says in one line why it was refused.
+
+    `tools` are the OpenAI function schemas of the environment and `messages` the chat with which it starts
+    (system policy, first user message); both empty where the task already carries them.
+    """
+
+    session_id: str
+    tools: list[dict[str, Any]] = field(default_factory=list)
+    messages: list[dict[str, Any]] = field(default_factory=list)
+    error: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Call:
+    """One call, or one message to the user (name="" and arguments {"content": text})."""
+
+    session_id: str
+    call_id: str
+    name: str
+    arguments: dict[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class CallResult:
+    """An observation with its price. A tool that fails is an observation too: `error` holds its kind.
+
+    `error` is one of None, "unknown_tool", "invalid_arguments", "tool_error", "repeated_call",
+    "unknown_session", "session_over", "env_error". `ended`: the environment takes no more calls.
+    """
+
+    session_id: str
+    call_id: str
+    tool: str
+    content: str
+    cost_usd: float
+    latency_s: float
+    error: str | None = None
+    ended: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class SessionRecord:
+    """The verdict on a finished trajectory. Costs in USD, latency in seconds, summed over its calls."""
+
+    session_id: str
+    outcome: float
+    cost_usd: float
+    latency_s: float
+    tool_counts: dict[str, int]
+    error: str | None = None
+
+
+def to_json(record: Any) -> dict[str, Any]:
+    """A wire record as a JSON object that shares its values (no deep copy: this runs once per call)."""
+    return {name: getattr(record, name) for name in record.__slots__}
