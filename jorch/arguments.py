@@ -71,7 +71,7 @@ def _plain_parser(command: str) -> argparse.ArgumentParser:
     parser = _Parser(prog=f"jorch {command}", description=ABOUT[command], allow_abbrev=False)
     parser.set_defaults(dry_run=False)
     if command == "export":
-        parser.add_argument("source", type=Path, metavar="RUN_OR_CHECKPOINT", help="where the model is")
+        parser.add_argument("source", type=Path, metavar="RUN", help="folder of a training run")
         parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder to write")
     else:
         parser.add_argument("what", choices=["loop"], help="loop: an RL step of the quickstart's model")

@@ -5,6 +5,7 @@ order are functions of (seed, step), so the step count is the whole of a run's p
 """
 
 import contextlib
+import gc
 import warnings
 from pathlib import Path
 from types import TracebackType
@@ -31,7 +32,9 @@ class Checkpoints:
         self._folder = folder
         self._config = config
         with naming(folder):
-            self._checkpointer = ocp.training.Checkpointer(
+            # Any: Orbax types the arguments too narrowly for its own policies.
+            training: Any = ocp.training
+            self._checkpointer = training.Checkpointer(
                 folder.absolute(),
                 save_decision_policy=policies.save_decision_policies.FixedIntervalPolicy(config.every_steps),
                 preservation_policy=policies.preservation_policies.LatestN(config.keep),
@@ -63,13 +66,18 @@ class Checkpoints:
         """
         step = self.latest_step()
         assert step is not None, "restore() without a checkpoint"
-        try:
-            with warnings.catch_warnings():
-                # Of a damaged checkpoint Orbax leaves coroutines behind, which Python would warn about.
-                warnings.filterwarnings("ignore", "coroutine .* was never awaited", RuntimeWarning)
+        reason = ""
+        with warnings.catch_warnings():
+            # Of a damaged checkpoint Orbax leaves coroutines behind, of which Python would warn when they go.
+            warnings.filterwarnings("ignore", "coroutine .* was never awaited", RuntimeWarning)
+            try:
                 loaded = self._checkpointer.load_checkpointables(step, {"state": abstract_state, "meta": None})
-        except Exception as error:
-            raise ValueError(self._unreadable(step, _reason(error))) from error
+            except Exception as error:
+                loaded, reason = {}, _reason(error)
+            if reason:
+                gc.collect()
+        if reason:
+            raise ValueError(self._unreadable(step, reason))
         state, meta = loaded["state"], loaded["meta"]
         if meta.pop(_CHECKSUM, None) != int(_checksum(state)):
             raise ValueError(self._unreadable(step, "its content does not match its checksum"))
@@ -110,4 +118,4 @@ def _reason(error: BaseException) -> str:
     while error.__cause__ or error.__context__:
         error = error.__cause__ or error.__context__ or error
     text = " ".join(str(error).split()).split(" [tensorstore_spec")[0]
-    return text[:200] or type(error).__name__
+    return text[:200].rstrip() or type(error).__name__

@@ -8,11 +8,14 @@ out (one line) or for an error of our own (a traceback); 130 after Ctrl-C (one l
 
 import argparse
 import errno
+import importlib
 import os
 import shlex
+import signal
 import sys
 import traceback
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import NoReturn
 
 from jorch import arguments, config_io
@@ -29,6 +32,15 @@ MISTAKES = (
     errno.EROFS,
 )
 DISK_GAVE_OUT = (errno.ENOSPC, errno.EDQUOT, errno.EIO)
+STAGES = {
+    "quickstart": "jorch.quickstart",
+    "sft": "jorch.synth.sft",
+    "rl": "jorch.rl.loop",
+    "eval": "jorch.evals.harness",
+    "export": "jorch.export.checkpoint",
+    "bench": "jorch.bench",
+}
+"""What takes seconds to import, jax above all."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -39,7 +51,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         if options.dry_run:
             print(config_io.dump(loaded), end="")
             return 0
-        _quiet_libraries()
+        if command in STAGES:
+            with _interrupts_held_back():
+                _quiet_libraries()
+                importlib.import_module(STAGES[command])
         match command:
             case "quickstart":
                 from jorch import quickstart
@@ -81,6 +96,19 @@ def _become_tool_server(options: argparse.Namespace) -> NoReturn:
     os.execv(sys.executable, command)
 
 
+@contextmanager
+def _interrupts_held_back() -> Iterator[None]:
+    """Ctrl-C waits for the end of the block: native modules turn one during their import into other errors."""
+    waiting: list[int] = []
+    before = signal.signal(signal.SIGINT, lambda number, _: waiting.append(number))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+    if waiting:
+        raise KeyboardInterrupt
+
+
 def _quiet_libraries() -> None:
     """What fails is raised, too; between progress bars the logs of Orbax and of its event loops have no place."""
     import logging
@@ -98,6 +126,7 @@ def _report(error: BaseException, argv: list[str]) -> int:
     again = _command_to_go_on(argv)
     match error:
         case KeyboardInterrupt():
+            signal.signal(signal.SIGINT, signal.SIG_IGN)  # the rest takes a moment, and leaves nothing to stop
             line, status = f"interrupted{again}", 130
         case ConnectionError():
             line, status = f"error: {error}{again}", 1

@@ -119,7 +119,7 @@ class RolloutConfig(Section):
 class RewardConfig(Section):
     """The group reward (paper section 3): min-max features dotted with the preference, 0 if unsolved."""
 
-    invalid_reward: float = Field(default=-0.25, le=0, description="of a trajectory that is malformed or unanswered")
+    invalid_reward: float = Field(default=-0.25, le=0, description="of a trajectory that is malformed or cut off")
 
 
 class AlgorithmConfig(Section):
@@ -131,7 +131,7 @@ class AlgorithmConfig(Section):
     max_abs_advantage: PositiveFloat = Field(default=3.0, description="clip")
     min_group_std: float = Field(default=0.1, ge=0, description="groups at or below it teach nothing and are dropped")
     drop_invalid: bool = Field(default=True, description="leave malformed trajectories out of the loss")
-    drop_unanswered: bool = Field(default=True, description="leave trajectories without an answer out of the loss")
+    drop_unanswered: bool = Field(default=True, description="leave trajectories without a verdict out of the loss")
     ratio: Literal["token", "sequence"] = Field(default="token", description="sequence: GSPO's length-normalised ratio")
     clip: Literal["symmetric", "asymmetric", "dual"] = Field(
         default="asymmetric",

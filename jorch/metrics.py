@@ -6,6 +6,7 @@ jax.
 
 import json
 import math
+import os
 import sys
 import time
 from collections.abc import Iterator, Mapping
@@ -23,7 +24,7 @@ METRICS = {
     "rollout/cost_usd": "USD per trajectory, tools and orchestrator",
     "rollout/latency_s": "seconds per trajectory, as billed",
     "rollout/preference_followed": "share of the tasks with a preference in which it was followed",
-    "rollout/format_valid": "share of trajectories with every call well-formed and permitted",
+    "rollout/format_valid": "share of trajectories in which every call parsed and fitted its tool",
     "rollout/answered": "share that ended with an answer",
     "rollout/malformed_calls": "per trajectory",
     "rollout/turns": "completions per trajectory",
@@ -67,15 +68,12 @@ class MetricWriter:
 
     def __init__(self, folder: Path, resume_step: int = 0) -> None:
         """Forgets what was written at `resume_step` and later, a half-written last line included."""
-        from tensorboardX import SummaryWriter  # heavy: 0.4 s
-
         self._path = folder / METRICS_FILE
         kept = [row for row in read_jsonl(self._path) if row["step"] < resume_step]
         atomic_write(self._path, "".join(json.dumps(row) + "\n" for row in kept))
         self._file = self._path.open("a", encoding="utf-8")
         self._began = time.monotonic() - (kept[-1]["time_s"] if kept else 0.0)
-        with naming(folder / "tensorboard"):
-            self._events = SummaryWriter(str(folder / "tensorboard"), purge_step=resume_step, flush_secs=10)
+        self._events = _Events(folder / "tensorboard", resume_step)
 
     def write(self, step: int, metrics: Mapping[str, float]) -> None:
         """Append a line. NaN and infinities are written as null, since JSON has none. Raises OSError."""
@@ -87,8 +85,7 @@ class MetricWriter:
         with naming(self._path):
             self._file.write(json.dumps(row) + "\n")
             self._file.flush()
-        for name, value in values.items():
-            self._events.add_scalar(name, value, step)
+        self._events.write(step, values)
 
     def close(self) -> None:
         with naming(self._path):
@@ -100,6 +97,38 @@ class MetricWriter:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+class _Events:
+    """TensorBoard's file of events. tensorboardX's own SummaryWriter writes in a thread: once that has met a full
+    disk, the training loop would wait for it for ever."""
+
+    def __init__(self, folder: Path, purge_step: int) -> None:
+        from tensorboardX.event_file_writer import EventsWriter  # heavy: 0.4 s
+        from tensorboardX.proto import event_pb2
+
+        self._folder = folder
+        with naming(folder):
+            folder.mkdir(exist_ok=True)
+            self._writer = EventsWriter(str(folder / "events"), f".{os.getpid()}")
+        start = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
+        self._write(event_pb2.Event(step=purge_step, session_log=start))
+
+    def write(self, step: int, values: Mapping[str, float]) -> None:
+        from tensorboardX.proto import event_pb2, summary_pb2
+
+        scalars = [summary_pb2.Summary.Value(tag=name, simple_value=value) for name, value in values.items()]
+        self._write(event_pb2.Event(step=step, summary=summary_pb2.Summary(value=scalars)))
+
+    def _write(self, event: Any) -> None:
+        event.wall_time = time.time()
+        with naming(self._folder):
+            self._writer.write_event(event)
+            self._writer.flush()
+
+    def close(self) -> None:
+        with naming(self._folder):
+            self._writer.close()
 
 
 class Stage:

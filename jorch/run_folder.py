@@ -32,6 +32,7 @@ WRITTEN_BY_RUNS = (
     "checkpoints",
     "tensorboard",
     "trajectories.jsonl",
+    "architecture",
     "summary.json",
     "report.html",
     "model",
@@ -171,7 +172,7 @@ def _check_same_config(folder: Path, config: BaseModel) -> None:
     """Refuse another config's run. Addresses may differ: a folder or a tool server that has moved."""
     if not (folder / CONFIG).exists():
         raise ValueError(f"{folder} holds a run without its {CONFIG}: choose another out=")
-    there = _flat(config_io.read_mapping(folder / CONFIG))
+    there = _flat(_config_there(folder, type(config)))
     here = _flat(json.loads(json.dumps(config.model_dump())))
     differing = [k for k in here | there if here.get(k) != there.get(k) and k.split(".")[-1] not in _ADDRESSES]
     if differing:
@@ -180,6 +181,14 @@ def _check_same_config(folder: Path, config: BaseModel) -> None:
         raise ValueError(
             f"{folder} holds a run of another config ({shown}{more}): pass --fresh to remove it, or choose another out="
         )
+
+
+def _config_there(folder: Path, model: type[BaseModel]) -> dict[str, Any]:
+    """The folder's config, with today's defaults for keys that it lacks; as it is, where `model` refuses it."""
+    try:
+        return json.loads(json.dumps(config_io.load(folder / CONFIG, model).model_dump()))
+    except ValueError:
+        return config_io.read_mapping(folder / CONFIG)
 
 
 def _flat(mapping: dict[str, Any], prefix: str = "") -> dict[str, Any]:

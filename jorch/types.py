@@ -10,8 +10,9 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 
 Termination = Literal[
-    "answered",  # a terminal tool (the `answer` function) was called, or the environment declared the end
-    "invalid",  # too many malformed calls, or a call that the environment forbids (a repeated alias)
+    "answered",  # a terminal tool (the `answer` function) was called
+    "ended",  # the environment ended the session without an answer (an alias was called again)
+    "invalid",  # too many malformed calls
     "max_turns",
     "max_tokens",
     "env_error",  # the environment itself failed: the trajectory counts, with outcome 0
@@ -19,6 +20,7 @@ Termination = Literal[
 ]
 TERMINATIONS: tuple[Termination, ...] = (
     "answered",
+    "ended",
     "invalid",
     "max_turns",
     "max_tokens",
@@ -141,12 +143,13 @@ class Trajectory:
 
     @property
     def format_valid(self) -> bool:
-        """Every call well-formed and permitted."""
+        """Every call parsed and fitted its tool's schema."""
         return self.num_malformed == 0 and self.termination != "invalid"
 
     @property
-    def answered(self) -> bool:
-        return self.termination == "answered"
+    def judged(self) -> bool:
+        """Whether the environment saw the end of it: cut-off and malformed trajectories have no verdict."""
+        return self.termination in ("answered", "ended")
 
     @property
     def policy_version_min(self) -> int:

@@ -6,7 +6,7 @@ min-max normalised within the group of trajectories of one task, a constant feat
     R(tau) = M_norm(tau) . P   if tau solved the task,   0 otherwise,
 
 where P is the task's preference. Two extensions of the paper: weights may be negative (avoid; the paper has
-P in [0, 1]), and a malformed or unanswered trajectory gets `invalid_reward` in place of 0.
+P in [0, 1]), and a malformed or cut-off trajectory gets `invalid_reward` in place of 0.
 
 The released code's arithmetic differs from the paper in five ways, none of which is ported:
 1. It takes min and max of -cost but normalises +cost, so that dearer scores higher. Here signs are applied
@@ -38,8 +38,8 @@ def group_rewards(
     Args:
         outcomes: in [0, 1]; solved means >= 1.
         tool_counts: calls per billed tool name; a name that is absent counts 0.
-        valid: well-formed and answered. The others get `invalid_reward` but stay in the group's minima and
-            maxima.
+        valid: well-formed and judged by its environment. The others get `invalid_reward` but stay in the group's
+            minima and maxima.
         preference: weight per feature: "outcome", "cost", "latency" (names that no tool may have), or a tool.
     """
     size = len(outcomes)

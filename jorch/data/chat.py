@@ -16,6 +16,8 @@ from jorch.data.tokenizer import END_OF_TURN, Tokenizer
 from jorch.types import ToolCall
 
 _CALL_OPEN, _CALL_CLOSE = "<tool_call>", "</tool_call>"
+_MAX_NESTING = 64
+"""Of a call's JSON: what reads it further down the way recurses too, from a deeper stack."""
 
 QWEN3_TOOLS_HEAD = (
     "# Tools\n\nYou may call one or more functions to assist with the user query.\n\n"
@@ -117,10 +119,8 @@ def parse_calls(text: str) -> ParsedCalls:
     Thinking is removed first, so a call inside it is never executed. Arguments must be a JSON object; a
     double-encoded string is malformed. Never raises: a malformed call is data.
     """
-    text = text.removesuffix(END_OF_TURN)
-    if "</think>" in text:
-        text = text.rsplit("</think>", 1)[1]
-    elif "<think>" in text:
+    text = text.removesuffix(END_OF_TURN).rpartition("</think>")[2]
+    if "<think>" in text:
         return ParsedCalls((), ("thinking was not closed",), "")
     calls: list[ToolCall] = []
     errors: list[str] = []
@@ -145,11 +145,20 @@ def parse_calls(text: str) -> ParsedCalls:
 def _parse_call(body: str, call_id: str) -> ToolCall | str:
     try:
         call = json.loads(body)
+        # Python reads more than JSON allows: NaN, and halves of surrogate pairs, which no tokenizer takes back.
+        json.dumps(call, ensure_ascii=False, allow_nan=False).encode()
     except (ValueError, RecursionError):
         return "tool call is not valid JSON"
+    if _is_deeper(call, _MAX_NESTING):
+        return f"tool call is nested deeper than {_MAX_NESTING} levels"
     if not isinstance(call, dict) or not isinstance(call.get("name"), str):
         return 'tool call has no "name"'
     arguments = call.get("arguments", {})
     if not isinstance(arguments, dict):
         return f'"arguments" is {type(arguments).__name__}, not a JSON object'
     return ToolCall(call_id, call["name"], arguments)
+
+
+def _is_deeper(value: Any, levels: int) -> bool:
+    children = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    return any(levels == 0 or _is_deeper(child, levels - 1) for child in children)

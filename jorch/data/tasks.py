@@ -43,11 +43,11 @@ def from_row(row: dict[str, Any]) -> Task:
         raise ValueError(f"'category' is {row['category']!r}; allowed: 'qa', 'func_call'")
     problem = _field(row, "problem", str)
     mapping = _field(row, "model_mapping", dict)
-    tools = tuple(_field(row, "tools", list))
+    tools = _tools(_field(row, "tools", list))
     setup = {"model_mapping": mapping}
-    if pricing := row.get("tool_pricing"):
+    if pricing := _field(row, "tool_pricing", dict, {}):
         setup["tool_pricing"] = {name: _price(name, price) for name, price in pricing.items()}
-    if simulation := row.get("simulation"):
+    if simulation := _field(row, "simulation", dict, {}):
         setup["simulation"] = simulation
     return Task(
         task_id=task_id,
@@ -59,7 +59,7 @@ def from_row(row: dict[str, Any]) -> Task:
         answer=row.get("answer"),
         domain=str(row.get("domain") or _domain(row)),
         split=str(row.get("split", "train")),
-        truth=row.get("truth") or {},
+        truth=_field(row, "truth", dict, {}),
     )
 
 
@@ -75,7 +75,7 @@ def _environment_task(task_id: str, row: dict[str, Any]) -> Task:
     return Task(
         task_id=task_id,
         messages=({"role": "user", "content": row.get("problem") or opening},),
-        tools=tuple(row.get("tools") or ()),
+        tools=_tools(_field(row, "tools", list, [])),
         environment="tau2",
         setup={"domain": domain, "task_id": str(example.get("id", task_id))},
         preference=_preference(row.get("pref_vec")),
@@ -85,12 +85,22 @@ def _environment_task(task_id: str, row: dict[str, Any]) -> Task:
     )
 
 
-def _field(row: dict[str, Any], name: str, kind: type) -> Any:
+def _field(row: dict[str, Any], name: str, kind: type, default: Any = None) -> Any:
+    """A value of the row; where there is a `default`, it stands for a missing one and for null."""
+    if default is not None and row.get(name) is None:
+        return default
     if name not in row:
         raise ValueError(f"no {name!r}")
     if not isinstance(row[name], kind):
         raise ValueError(f"{name!r} is {type(row[name]).__name__}, not {kind.__name__}")
     return row[name]
+
+
+def _tools(tools: list[Any]) -> tuple[dict[str, Any], ...]:
+    for tool in tools:
+        if not isinstance(tool, dict):
+            raise ValueError(f"'tools' holds {type(tool).__name__}, not dict")
+    return tuple(tools)
 
 
 def _domain(row: dict[str, Any]) -> str:
@@ -130,8 +140,9 @@ def read_jsonl(path: Path) -> list[Task]:
                 if not isinstance(row, dict):
                     raise ValueError(f"{type(row).__name__}, not a JSON object")
                 tasks.append(from_row(row))
-            except ValueError as error:
-                reason = f"not valid JSON ({error})" if isinstance(error, json.JSONDecodeError) else str(error)
+            except (ValueError, RecursionError) as error:
+                is_json = not isinstance(error, json.JSONDecodeError | RecursionError)
+                reason = str(error) if is_json else f"not valid JSON ({error})"
                 bad.append(f"line {number}: {reason}")
     if bad:
         more = f"; and {len(bad) - _MAX_REPORTED_ROWS} more" if len(bad) > _MAX_REPORTED_ROWS else ""

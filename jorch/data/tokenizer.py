@@ -16,7 +16,10 @@ _SPACE = "▁"
 
 
 class Tokenizer(Protocol):
-    """Lossless for any text; special tokens in the text become their single ids."""
+    """Lossless for any text (Qwen3's: for text in Unicode's form NFC, to which it brings everything else).
+
+    Special tokens in the text become their single ids.
+    """
 
     vocab_size: int
     end_of_turn_id: int
@@ -92,12 +95,12 @@ def load(config: TokenizerConfig) -> Tokenizer:
     path = Path(config.path)
     if config.kind == "huggingface" and path.is_dir():
         path = path / "tokenizer.json"
-    if not path.is_file():
+    if not path.is_file() or path.stat().st_size == 0:
         raise ValueError(f"no tokenizer at {path}; set tokenizer.path to a {config.kind} tokenizer")
     kinds = {"sentencepiece": SentencePieceTokenizer, "huggingface": HuggingFaceTokenizer}
     try:
         return kinds[config.kind](path.read_bytes())
-    except (RuntimeError, OSError) as error:
+    except (RuntimeError, ValueError) as error:
         raise ValueError(f"{path} is not a {config.kind} tokenizer: {error}") from error
 
 

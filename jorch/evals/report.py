@@ -63,4 +63,6 @@ def read_summary(path: Path) -> dict[str, Any]:
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except json.JSONDecodeError as error:
-        raise ValueError(f"{path}:{error.lineno}: not JSON ({error.msg}); remove it and run the evaluation again") from None
+        raise ValueError(
+            f"{path}:{error.lineno}: not JSON ({error.msg}); remove it and run the evaluation again"
+        ) from None

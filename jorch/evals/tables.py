@@ -16,7 +16,8 @@ from rich.table import Table
 
 Summary = Mapping[str, Any]
 NOTHING = "–"
-_MODELS = {"base": "base", "trained": "trained", "model": "policy", "gold": "policy"}
+Kind = Literal["base", "trained", "policy", "baseline"]
+_MODELS: dict[str, Kind] = {"base": "base", "trained": "trained", "model": "policy", "gold": "policy"}
 _FILE_WIDTH = 100
 """Columns of the table where it goes into a file or a pipe."""
 
@@ -42,7 +43,7 @@ class Row:
 
     name: str
     label: str
-    kind: Literal["base", "trained", "policy", "baseline"]
+    kind: Kind
     estimates: Mapping[str, Any]
 
 

@@ -1,37 +1,56 @@
 """`jorch export`: the newest checkpoint of a run as a folder of Hugging Face safetensors."""
 
 from pathlib import Path
-from typing import Any
 
-import yaml
-
+from jorch import config_io
 from jorch.checkpoint import Checkpoints
-from jorch.config import RlConfig, SftConfig
-from jorch.export import hf, pretrained
+from jorch.config import MeshConfig, QuickstartConfig, RlConfig, SftConfig
+from jorch.data import tokenizer as tokenizers
+from jorch.export import hf
+from jorch.model.transformer import Qwen3
+from jorch.run_folder import CONFIG
 from jorch.sharding import make_mesh
 from jorch.train.optimizer import make_optimizer
 from jorch.train.state import abstract_state
 
 
 def run(source: Path, out: Path) -> None:
-    """Export run folder `source` to `out`, with its tokenizer.
+    """Export run folder `source` to `out`, with its tokenizer. The run may be under way.
 
-    Raises ValueError where `source` is no RL or SFT run, has no checkpoint, or `out` is not empty.
+    Raises ValueError where `source` is no training run, has no checkpoint, or `out` is not empty.
     """
-    config_path = source / "config.yaml"
-    if not config_path.is_file():
-        raise ValueError(f"{source} is no run folder: it has no config.yaml")
-    if out.exists() and any(out.iterdir()):
-        raise ValueError(f"{out} is not empty; choose another --out")
-    raw: dict[str, Any] = yaml.safe_load(config_path.read_text())
-    config = (RlConfig if "tasks_per_step" in raw else SftConfig).model_validate(raw)
-    mesh = make_mesh(config.mesh)
-    start = pretrained.load(config.init_from or str(source / "model"), mesh)
-    updates = config.steps * (config.num_minibatches if isinstance(config, RlConfig) else 1)
-    optimizer = make_optimizer(config.optimizer, updates)
-    with Checkpoints(source / "checkpoints", config.checkpoint) as checkpoints:
+    config = _training_config(source)
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise ValueError(f"{out} is not an empty folder; choose another --out")
+    folder, architecture = source / "checkpoints", source / hf.ARCHITECTURE
+    if not folder.is_dir() or not architecture.is_dir():
+        raise ValueError(f"{source} has no checkpoint yet")
+    model = Qwen3(hf.load_config(architecture, param_dtype=_param_dtype(config)))
+    tokenizer = tokenizers.load_folder(architecture)
+    optimizer = make_optimizer(config.optimizer, config.steps)
+    with Checkpoints(folder, config.checkpoint, read_only=True) as checkpoints:
         if checkpoints.latest_step() is None:
             raise ValueError(f"{source} has no checkpoint yet")
-        state, _, step = checkpoints.restore(abstract_state(start.model, optimizer, mesh))
-    hf.save(out, start.model.config, state.params, start.tokenizer)
+        state, _, step = checkpoints.restore(abstract_state(model, optimizer, make_mesh(MeshConfig())))
+    hf.save(out, model.config, state.params, tokenizer)
     print(f"exported step {step} of {source} to {out}")
+
+
+def _param_dtype(config: RlConfig | SftConfig) -> str:
+    if isinstance(config, RlConfig):
+        return config.param_dtype
+    return config.model.param_dtype if config.model else "float32"
+
+
+def _training_config(source: Path) -> RlConfig | SftConfig:
+    path = source / CONFIG
+    if not path.is_file():
+        raise ValueError(f"{source} is no run folder: it has no {CONFIG}")
+    keys = config_io.read_mapping(path)
+    if "rl" in keys:
+        return config_io.load(path, QuickstartConfig).rl
+    if "tasks_per_step" in keys:
+        return config_io.load(path, RlConfig)
+    if "demonstrations" in keys:
+        return config_io.load(path, SftConfig)
+    raise ValueError(f"{source} holds no training run (no SFT, RL or quickstart), so no model to export")

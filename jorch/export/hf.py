@@ -4,6 +4,7 @@ import json
 import math
 import shutil
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from safetensors.numpy import save_file
 from jorch.config import ModelConfig
 from jorch.data.tokenizer import Tokenizer
 from jorch.model.transformer import Params, Qwen3
+from jorch.run_folder import naming
 
 _TOP = {
     "embed": "model.embed_tokens.weight",
@@ -50,6 +52,9 @@ _ARCHITECTURE_KEYS = (
     "max_position_embeddings",
 )
 
+ARCHITECTURE = "architecture"
+"""Folder of a training run with its model's config.json and tokenizer: what its checkpoints lack to be a model."""
+
 
 def _to_hf(name: str, array: np.ndarray) -> np.ndarray:
     """Our layer matrix as torch keeps it: [out, in], heads flattened into one axis."""
@@ -77,18 +82,41 @@ def _tensors(params: Params) -> Iterator[tuple[str, np.ndarray]]:
 
 
 def save(folder: Path, config: ModelConfig, params: Params, tokenizer: Tokenizer) -> None:
-    """Write `config.json`, `model.safetensors` and the tokenizer into `folder`.
+    """Write `config.json`, `model.safetensors` and the tokenizer into `folder`, which they replace.
 
-    The folder appears whole or not at all: it is written beside its place and renamed.
+    The folder appears whole or not at all: it is written beside its place and renamed. Raises OSError naming it.
     """
-    partial = folder.with_name(folder.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    save_file(dict(_tensors(params)), partial / "model.safetensors", metadata={"format": "pt"})
-    (partial / "config.json").write_text(json.dumps(_config_json(config, tokenizer), indent=2) + "\n")
-    tokenizer.save(partial)
-    shutil.rmtree(folder, ignore_errors=True)
-    partial.rename(folder)
+    with _replaced(folder) as partial:
+        save_file(dict(_tensors(params)), partial / "model.safetensors", metadata={"format": "pt"})
+        _write_architecture(partial, config, tokenizer)
+
+
+def save_architecture(run_folder: Path, config: ModelConfig, tokenizer: Tokenizer) -> None:
+    """Write `run_folder`/architecture. Raises OSError naming it."""
+    with _replaced(run_folder / ARCHITECTURE) as partial:
+        _write_architecture(partial, config, tokenizer)
+
+
+@contextmanager
+def _replaced(folder: Path) -> Iterator[Path]:
+    """A new folder that takes the place of `folder` at the end, and leaves nothing behind after a failure."""
+    folder = folder.absolute()
+    partial = folder.with_name(f".{folder.name}.partial")
+    with naming(folder):
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+        try:
+            yield partial
+            if folder.exists():
+                shutil.rmtree(folder)
+            partial.rename(folder)
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
+
+
+def _write_architecture(folder: Path, config: ModelConfig, tokenizer: Tokenizer) -> None:
+    (folder / "config.json").write_text(json.dumps(_config_json(config, tokenizer), indent=2) + "\n")
+    tokenizer.save(folder)
 
 
 def _config_json(config: ModelConfig, tokenizer: Tokenizer) -> dict[str, Any]:

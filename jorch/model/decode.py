@@ -6,7 +6,7 @@ when the columns run out. Letters: B rows, O appended tokens, S columns, K key-v
 V vocabulary.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -177,5 +177,5 @@ class Decoder:
 
     def num_programs(self) -> int:
         """How many shapes have been compiled: it must not grow after the first step."""
-        functions = (self.append, self.decode, self.take_rows, self.compact)
+        functions: tuple[Any, ...] = (self.append, self.decode, self.take_rows, self.compact)
         return sum(function._cache_size() for function in functions)

@@ -19,6 +19,7 @@ from jax.sharding import Mesh
 
 from jorch.checkpoint import Checkpoints
 from jorch.config import RlConfig
+from jorch.data.chat import render_observation
 from jorch.data.packing import fill_fraction, pack
 from jorch.data.tasks import TaskStream, read_jsonl
 from jorch.export import hf, pretrained
@@ -28,7 +29,7 @@ from jorch.rl.losses import policy_loss
 from jorch.rl.report import TrajectoryLog, rollout_metrics
 from jorch.rl.rewards import score_group
 from jorch.rl.samples import from_group
-from jorch.rollout.driver import Driver
+from jorch.rollout.driver import Driver, probe
 from jorch.rollout.jax_sampler import JaxSampler
 from jorch.rollout.server_process import tool_server
 from jorch.rollout.tool_client import ToolClient
@@ -89,17 +90,24 @@ def run(config: RlConfig, *, resume: bool, fresh: bool) -> None:
     """Train to `config.steps`, then export to OUT/model. Raises ValueError for what a user can mend."""
     with open_run_folder(config, resume=resume, fresh=fresh) as folder:
         tasks = read_jsonl(Path(config.tasks))
-        start = pretrained.load(
-            config.init_from,
-            make_mesh(config.mesh),
-            param_dtype=config.param_dtype,
-            compute_dtype=config.compute_dtype,
-            remat=config.remat,
-        )
-        sampler = make_sampler(config, start)
-        with tool_server(config.tools_server, folder / "tools_server.log") as url, closing(sampler):
-            train(config, folder, tasks, start, sampler, url)
+        with tool_server(config.tools_server, folder / "tools_server.log") as url:
+            asyncio.run(_probe(config, tasks, url))
+            start = pretrained.load(
+                config.init_from,
+                make_mesh(config.mesh),
+                param_dtype=config.param_dtype,
+                compute_dtype=config.compute_dtype,
+                remat=config.remat,
+            )
+            with closing(make_sampler(config, start)) as sampler:
+                train(config, folder, tasks, start, sampler, url)
         print(f"model: {folder / 'model'}")
+
+
+async def _probe(config: RlConfig, tasks: list[Task], url: str) -> None:
+    """Find out before the weights are loaded whether the tool server is there and can play the tasks."""
+    async with ToolClient(url, timeout_s=config.rollout.call_timeout_s, retries=config.rollout.call_retries) as tools:
+        await probe(tools, tasks)
 
 
 def make_sampler(config: RlConfig, start: pretrained.Pretrained) -> JaxSampler:
@@ -123,7 +131,8 @@ def train(
 ) -> None:
     """Train in an open run folder from its newest checkpoint on; the sampler ends with the final weights."""
     mesh = make_mesh(config.mesh)
-    learner = _make_learner(config, mesh, start)
+    hf.save_architecture(folder, start.model.config, start.tokenizer)
+    learner = make_learner(config, mesh, start)
     with Checkpoints(folder / "checkpoints", config.checkpoint) as checkpoints:
         first_step = _restore(learner, checkpoints, start)
         sampler.publish(learner.state.params, first_step)
@@ -131,7 +140,7 @@ def train(
     hf.save(folder / "model", start.model.config, learner.state.params, start.tokenizer)
 
 
-def _make_learner(config: RlConfig, mesh: Mesh, start: pretrained.Pretrained) -> Learner:
+def make_learner(config: RlConfig, mesh: Mesh, start: pretrained.Pretrained) -> Learner:
     algorithm = config.algorithm
     optimizer = make_optimizer(config.optimizer, config.steps * config.num_minibatches)
     loss_fn = partial(policy_loss, config=algorithm, on_policy=config.num_minibatches == 1)
@@ -172,7 +181,7 @@ async def _train(
     meta = {"tokenizer_digest": start.tokenizer.digest, "seed": config.seed}
     async with ToolClient(url, timeout_s=config.rollout.call_timeout_s, retries=config.rollout.call_retries) as tools:
         driver = Driver(sampler, tools, start.tokenizer, config.chat, config.rollout)
-        await driver.probe(tasks)
+        sampler.warm_up(len(start.tokenizer.encode(render_observation(["output"], config.chat.style))))
         checkpoints.save(first_step, learner.state, meta, force=True)
         with (
             MetricWriter(folder, first_step) as writer,
@@ -182,14 +191,14 @@ async def _train(
             progress.advance(first_step)
             for step in range(first_step, config.steps):
                 batch_tasks = stream.batch(step)
-                metrics, groups = await _step(config, step, batch_tasks, driver, sampler, learner)
+                metrics, groups = await take_step(config, step, batch_tasks, driver, sampler, learner)
                 writer.write(step, metrics)
                 log.write(step, groups)
                 checkpoints.save(step + 1, learner.state, meta, force=step + 1 == config.steps)
                 _advance(progress, metrics)
 
 
-async def _step(
+async def take_step(
     config: RlConfig, step: int, tasks: list[Task], driver: Driver, sampler: JaxSampler, learner: Learner
 ) -> tuple[dict[str, float], list[Group]]:
     """One policy update; its metrics and the scored groups, kept or not."""

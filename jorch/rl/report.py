@@ -9,7 +9,7 @@ import numpy as np
 from jorch.data.tokenizer import Tokenizer
 from jorch.rollout.outcomes import trajectory_row
 from jorch.rollout.records import trajectory_record
-from jorch.run_folder import naming, read_jsonl
+from jorch.run_folder import atomic_write, naming, read_jsonl
 from jorch.types import Group, Trajectory
 
 
@@ -36,7 +36,7 @@ def rollout_metrics(groups: Sequence[Group], trajectories: Sequence[Trajectory])
         "rollout/latency_s": float(np.mean([t.latency_s for t in present])),
         "rollout/preference_followed": float(np.mean(followed)) if followed else float("nan"),
         "rollout/format_valid": float(np.mean([t.format_valid for t in present])),
-        "rollout/answered": float(np.mean([t.answered for t in present])),
+        "rollout/answered": float(np.mean([t.termination == "answered" for t in present])),
         "rollout/malformed_calls": float(np.mean([t.num_malformed for t in present])),
         "rollout/turns": float(np.mean([len(t.turns) for t in present])),
     }
@@ -50,9 +50,8 @@ class TrajectoryLog:
         self._tokenizer = tokenizer
         self._groups_per_step = groups_per_step
         kept = [row for row in read_jsonl(self._path) if row["step"] < first_step]
-        with naming(self._path):
-            self._path.write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
-            self._file = self._path.open("a", encoding="utf-8")
+        atomic_write(self._path, "".join(json.dumps(row) + "\n" for row in kept))
+        self._file = self._path.open("a", encoding="utf-8")
 
     def write(self, step: int, groups: Sequence[Group]) -> None:
         """Raises OSError naming the file."""
@@ -70,7 +69,8 @@ class TrajectoryLog:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._file.close()
+        with naming(self._path):
+            self._file.close()
 
 
 def trajectory_texts(trajectory: Trajectory, tokenizer: Tokenizer) -> list[str]:

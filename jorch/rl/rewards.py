@@ -15,7 +15,7 @@ def score_group(
 ) -> Group:
     """The Group of sibling `trajectories` (>= 1) with rewards and advantages, f32[g] each.
 
-    A malformed or unanswered trajectory gets `reward.invalid_reward`. Siblings lost to the infrastructure
+    A malformed or unjudged (cut off) trajectory gets `reward.invalid_reward`. Siblings lost to the infrastructure
     say nothing about the policy: the caller leaves them out.
     """
     assert trajectories, f"task {task.task_id}: no trajectories to score"
@@ -26,7 +26,7 @@ def score_group(
             [t.cost_usd for t in trajectories],
             [t.latency_s for t in trajectories],
             [t.tool_counts for t in trajectories],
-            [t.format_valid and t.answered for t in trajectories],
+            [t.format_valid and t.judged for t in trajectories],
             task.preference,
             reward.invalid_reward,
         ),

@@ -20,7 +20,7 @@ def from_group(group: Group, algorithm: AlgorithmConfig) -> list[Sample]:
     for trajectory, advantage in zip(group.trajectories, group.advantages, strict=True):
         if algorithm.drop_invalid and not trajectory.format_valid:
             continue
-        if algorithm.drop_unanswered and not trajectory.answered:
+        if algorithm.drop_unanswered and not trajectory.judged:
             continue
         samples.extend(from_trajectory(trajectory, float(advantage)))
     return merge_copies(samples)

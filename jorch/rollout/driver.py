@@ -35,6 +35,18 @@ MALFORMED = frozenset({"unknown_tool", "invalid_arguments"})
 _LOST = frozenset({"unknown_session", "session_over"})
 
 
+async def probe(tools: ToolClient, tasks: Sequence[Task]) -> None:
+    """Open one session per environment and domain: a task that nobody can play stops a run before its first step.
+
+    Raises ValueError where the server refuses it.
+    """
+    firsts = {(task.environment, task.domain): task for task in reversed(tasks)}
+    for task in firsts.values():
+        session_id = f"probe/{uuid.uuid4().hex}"
+        await _open(tools, task, session_id, seed=0)
+        await tools.finish(session_id)
+
+
 class SessionLost(Exception):
     """The tool server forgot a session (it was restarted): the attempt says nothing about the policy."""
 
@@ -54,17 +66,6 @@ class Driver:
     _observations: dict[tuple[str, ...], np.ndarray] = field(default_factory=dict)
     _parsed: dict[bytes, ParsedCalls] = field(default_factory=dict)
 
-    async def probe(self, tasks: Sequence[Task]) -> None:
-        """Open one session per environment and domain, so that a task nobody can play is found before the first step.
-
-        Raises ValueError where the server refuses it.
-        """
-        firsts = {(task.environment, task.domain): task for task in reversed(tasks)}
-        for task in firsts.values():
-            session_id = f"{self._nonce}/probe/{task.task_id}"
-            await self._open(task, session_id, seed=0)
-            await self.tools.finish(session_id)
-
     async def run_groups(
         self, tasks: Sequence[Task], group_size: int, *, run_id: str, seed: int, temperature: float
     ) -> list[list[Trajectory]]:
@@ -78,7 +79,8 @@ class Driver:
             ToolServerDown: the server is gone after all retries, or has lost every session.
             ValueError: the server refuses a task.
         """
-        self._prompts.clear()
+        for texts_of_an_earlier_step in (self._prompts, self._observations, self._parsed):
+            texts_of_an_earlier_step.clear()
         ids = [
             [f"{run_id}/{position}/{task.task_id}/{i}" for i in range(group_size)]
             for position, task in enumerate(tasks)
@@ -117,7 +119,7 @@ class Driver:
     async def _attempt(
         self, task: Task, trajectory_id: str, session_id: str, seed: int, temperature: float
     ) -> Trajectory:
-        opened = await self._open(task, session_id, seed)
+        opened = await _open(self.tools, task, session_id, seed)
         token_ids = self._prompt(task, opened)
         turns: list[Turn] = []
         malformed = 0
@@ -142,15 +144,9 @@ class Driver:
         record = await self.tools.finish(session_id)
         if record.error in _LOST:
             raise SessionLost
+        if record.error:
+            termination = "env_error"
         return self._trajectory(task, trajectory_id, turns, termination, malformed, record)
-
-    async def _open(self, task: Task, session_id: str, seed: int) -> SessionOpened:
-        opened = await self.tools.open(
-            OpenSession(session_id, task.environment, task.setup, _derive_seed(seed, task.task_id))
-        )
-        if opened.error:
-            raise ValueError(f"the tool server refused task {task.task_id}: {opened.error}")
-        return opened
 
     async def _act(
         self, session_id: str, number: int, completion: Completion
@@ -163,7 +159,7 @@ class Driver:
         results: list[ToolResult] = []
         for call in calls:
             answer = await self.tools.call(Call(session_id, f"{number}.{call.call_id}", call.name, call.arguments))
-            if answer.error in _LOST and not (results and results[-1].ended):
+            if answer.error in _LOST:
                 raise SessionLost
             results.append(
                 ToolResult(
@@ -178,10 +174,11 @@ class Driver:
             )
             if answer.ended:
                 break
+        executed = calls[: len(results)]
         results += [
             ToolResult("", "", f"error: {line}", 0.0, 0.0, "invalid_arguments", False) for line in parsed.errors
         ]
-        return calls[: len(results)], tuple(results)
+        return executed, tuple(results)
 
     def _ending(self, completion: Completion, results: Sequence[ToolResult], malformed: int) -> Termination | None:
         """Why the trajectory ends after these results; None where it goes on."""
@@ -189,7 +186,7 @@ class Driver:
             if result.error == "env_error":
                 return "env_error"
             if result.ended:
-                return "invalid" if result.error else "answered"
+                return "ended" if result.error else "answered"
         if malformed >= self.config.max_malformed_calls:
             return "invalid"
         return "max_tokens" if completion.finish_reason == "length" else None
@@ -209,7 +206,7 @@ class Driver:
             trajectory_id=trajectory_id,
             turns=tuple(turns),
             termination=termination,
-            outcome=record.outcome if termination == "answered" else 0.0,
+            outcome=record.outcome if termination in ("answered", "ended") else 0.0,
             num_malformed=malformed,
             cost_usd=record.cost_usd + sampled * self.config.orchestrator_usd_per_million_tokens / 1e6,
             latency_s=record.latency_s + sampled * self.config.orchestrator_seconds_per_token,
@@ -240,3 +237,10 @@ class Driver:
 def _derive_seed(seed: int, name: str) -> int:
     digest = hashlib.blake2b(f"{seed}/{name}".encode(), digest_size=8).digest()
     return int.from_bytes(digest, "big") >> 1
+
+
+async def _open(tools: ToolClient, task: Task, session_id: str, seed: int) -> SessionOpened:
+    opened = await tools.open(OpenSession(session_id, task.environment, task.setup, _derive_seed(seed, task.task_id)))
+    if opened.error:
+        raise ValueError(f"the tool server refused task {task.task_id}: {opened.error}")
+    return opened

@@ -77,6 +77,23 @@ class JaxSampler:
     def close(self) -> None:
         self._thread.shutdown(wait=True, cancel_futures=True)
 
+    def warm_up(self, append_tokens: int) -> None:
+        """Compile the turn of every batch size now, so that no later step stops for it.
+
+        Args:
+            append_tokens: expected length of an observation; other lengths compile when they first occur.
+        """
+        largest, width = self.config.max_rows, _power_of_two(append_tokens)
+        sizes = sorted({self._bucket(n) for n in range(1, largest + 1)}, reverse=True)
+        for number, size in enumerate(sizes):
+            cache = empty_cache(self.model.config, size, self._num_columns())
+            nothing = np.zeros((size, width), np.int32)
+            cache = self.decoder.append(self.params, cache, nothing, nothing > 0)
+            none = np.zeros(size, bool)
+            cache, _ = self.decoder.decode(self.params, cache, none, np.zeros(size, np.uint32), np.float32(1.0))
+            for smaller in sizes[number + 1 :]:
+                self.decoder.take_rows(cache, np.zeros(smaller, np.int32))
+
     def expect(self, trajectory_ids: Sequence[str]) -> None:
         self._waiting.update(dict.fromkeys(trajectory_ids))
         self._admit()

@@ -27,8 +27,10 @@ def run(config: SftConfig, *, resume: bool, fresh: bool) -> None:
     """Clone behaviour, then export to OUT/model. Raises ValueError for what a user can mend."""
     with open_run_folder(config, resume=resume, fresh=fresh) as folder:
         mesh = make_mesh(config.mesh)
-        model, params, tokenizer = _start(config, mesh)
+        tokenizer = _tokenizer(config)
         demonstrations = _demonstrations(config, tokenizer)
+        model, params = _start(config, mesh, tokenizer)
+        hf.save_architecture(folder, model.config, tokenizer)
         params = sft.train(config, folder, mesh, model, params, tokenizer, demonstrations)
         hf.save(folder / "model", model.config, params, tokenizer)
         print(f"model: {folder / 'model'}")
@@ -57,13 +59,18 @@ def train_tokenizer() -> Tokenizer:
     return SentencePieceTokenizer(tokenizers.train_sentencepiece(symbols))
 
 
-def _start(config: SftConfig, mesh: jax.sharding.Mesh) -> tuple[Qwen3, Params, Tokenizer]:
+def _tokenizer(config: SftConfig) -> Tokenizer:
+    if config.init_from is not None:
+        return tokenizers.load_folder(pretrained.folder_of(config.init_from))
+    return tokenizers.load(config.tokenizer) if config.tokenizer else train_tokenizer()
+
+
+def _start(config: SftConfig, mesh: jax.sharding.Mesh, tokenizer: Tokenizer) -> tuple[Qwen3, Params]:
     if config.init_from is not None:
         # The architecture is the weights' own; how to compute with it is the run's.
         settings = config.model.model_dump(include={"param_dtype", "compute_dtype", "remat"}) if config.model else {}
         start = pretrained.load(config.init_from, mesh, **settings)
-        return start.model, start.params, start.tokenizer
-    tokenizer = tokenizers.load(config.tokenizer) if config.tokenizer else train_tokenizer()
+        return start.model, start.params
     assert config.model is not None
     if config.model.vocab_size < tokenizer.vocab_size:
         raise ValueError(
@@ -71,7 +78,7 @@ def _start(config: SftConfig, mesh: jax.sharding.Mesh) -> tuple[Qwen3, Params, T
             f"{tokenizer.vocab_size}; set it to at least that"
         )
     model = Qwen3(config.model)
-    return model, model.init(jax.random.key(config.seed), mesh), tokenizer
+    return model, model.init(jax.random.key(config.seed), mesh)
 
 
 def _demonstrations(config: SftConfig, tokenizer: Tokenizer) -> sft.Demonstrations:

@@ -2,10 +2,11 @@
 
 import errno
 import os
+import signal
 import subprocess
 import sys
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -93,6 +94,14 @@ def test_overrides_and_options_may_be_mixed() -> None:
     assert "  learning_rate: 1.0e-05\n" in result.stdout
 
 
+@pytest.fixture
+def interrupts() -> Iterator[None]:
+    """Puts back how this process takes Ctrl-C, which `main` ignores once it has been interrupted."""
+    before = signal.getsignal(signal.SIGINT)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 def stage(monkeypatch: pytest.MonkeyPatch, run: Callable[..., object]) -> None:
     """Put `run` where the command line looks for the RL stage."""
     module = types.ModuleType("jorch.rl.loop")
@@ -132,6 +141,7 @@ def stage(monkeypatch: pytest.MonkeyPatch, run: Callable[..., object]) -> None:
         ),
     ],
 )
+@pytest.mark.usefixtures("interrupts")
 def test_what_a_stage_raises_decides_line_and_status(
     error: BaseException,
     status: int,

@@ -71,7 +71,9 @@ def test_files_in_several_parts_and_in_bfloat16(exported, mesh, tmp_path):
     tensors.setdefault("lm_head.weight", tensors["model.embed_tokens.weight"])
     names = sorted(tensors)
     for i, part in enumerate((names[::2], names[1::2])):
-        save_file({name: tensors[name] for name in part}, tmp_path / "parts" / f"model-0000{i + 1}-of-00002.safetensors")
+        save_file(
+            {name: tensors[name] for name in part}, tmp_path / "parts" / f"model-0000{i + 1}-of-00002.safetensors"
+        )
     for dtype in ("float32", "bfloat16"):
         loaded = pretrained.load(str(tmp_path / "parts"), mesh, param_dtype=dtype)
         rounded = jax.tree.map(lambda x, dtype=dtype: np.asarray(x, ml_dtypes.bfloat16).astype(dtype), params)

@@ -44,7 +44,7 @@ def oracle(preference: dict[str, float], group: list[Trajectory], invalid_reward
 
     rewards = []
     for trajectory in group:
-        if trajectory.num_malformed or trajectory.termination != "answered":
+        if trajectory.num_malformed or trajectory.termination not in ("answered", "ended"):
             rewards.append(invalid_reward)
             continue
         total = 0.0

@@ -111,9 +111,10 @@ def test_filters(drop_invalid, drop_unanswered):
         "malformed": ("answered", 1),
         "lost": ("max_turns", 0),
         "invalid": ("invalid", 0),
+        "ended": ("ended", 0),
     }
     group = make_group(
-        [make_trajectory([(False, [i], [1])], *kind) for i, kind in enumerate(kinds.values())], [1, 1, 1, 1]
+        [make_trajectory([(False, [i], [1])], *kind) for i, kind in enumerate(kinds.values())], [1, 1, 1, 1, 1]
     )
     algorithm = AlgorithmConfig(drop_invalid=drop_invalid, drop_unanswered=drop_unanswered)
     kept = {list(kinds)[sample.token_ids[1]] for sample in from_group(group, algorithm)}

@@ -52,7 +52,9 @@ def test_logits_equal_the_float64_model(changes, tiny_config, random_params, qwe
     params = random_params(model)
     token_ids = sequence(0, 20)
     expected = qwen3_logits(params, model.config, token_ids)
-    np.testing.assert_allclose(logits_of(model, params, token_ids), expected, rtol=0, atol=ATOL * np.abs(expected).max())
+    np.testing.assert_allclose(
+        logits_of(model, params, token_ids), expected, rtol=0, atol=ATOL * np.abs(expected).max()
+    )
 
 
 def siblings():
@@ -197,5 +199,7 @@ def test_a_size_that_does_not_divide_is_refused():
         )
     )
     mesh = AbstractMesh((1, 8, 1, 1), MESH_AXES, axis_types=(AxisType.Auto,) * 4)
-    with pytest.raises(ValueError, match=r"axis 'embed' of size 12 does not divide over mesh axes \('fsdp',\) of size 8"):
+    with pytest.raises(
+        ValueError, match=r"axis 'embed' of size 12 does not divide over mesh axes \('fsdp',\) of size 8"
+    ):
         model.shardings(mesh)

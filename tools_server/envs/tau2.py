@@ -150,7 +150,7 @@ def _gold_changes(domain_name: str, task_id: str) -> dict[str, dict[str, str | N
     domain = load_domain(domain_name)
     environment = domain.fresh_environment()
     for action in domain.tasks[task_id].evaluation_criteria.actions:
-        environment.get_response(ToolCall(name=action.name, arguments=action.arguments))
+        environment.get_response(ToolCall(name=action.name, arguments=action.arguments, requestor="assistant"))
     return _changes(environment)
 
 
@@ -204,7 +204,7 @@ class Tau2Environment:
             return Observation(name, refusal, error="tool_error")
         from tau2.data_model.message import ToolCall
 
-        response = self._environment.get_response(ToolCall(name=name, arguments=arguments))
+        response = self._environment.get_response(ToolCall(name=name, arguments=arguments, requestor="assistant"))
         return Observation(name, _printable(response.content), error="tool_error" if response.error else None)
 
     def outcome(self) -> float:

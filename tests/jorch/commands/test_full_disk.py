@@ -1,0 +1,167 @@
+"""A disk that is really full, and folders that are not ours to write: the line names the path, nothing is lost."""
+
+import ctypes
+import errno
+import os
+import subprocess
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from jorch.checkpoint import Checkpoints
+from jorch.config import CheckpointConfig, MiniatureConfig
+from jorch.data import tokenizer as tokenizers
+from jorch.evals.report import write_report
+from jorch.export import hf
+from jorch.export.pretrained import BASE
+from jorch.metrics import MetricWriter
+from jorch.rl.report import TrajectoryLog
+from jorch.run_folder import atomic_write
+from jorch.synth import miniature
+from jorch.types import Completion, Group, Trajectory, Turn
+
+Disk = Callable[[str], Path]
+
+
+@pytest.fixture
+def disk(tmp_path: Path) -> Iterator[Disk]:
+    """Makes a file system in memory of a given size, in a mount namespace that ends with the test."""
+    holders: list[subprocess.Popen[str]] = []
+
+    def make(size: str) -> Path:
+        point = tmp_path / "disk"
+        point.mkdir()
+        script = f"mount -t tmpfs -o size={size} tmpfs '{point}' && echo ready && cat"
+        holder = subprocess.Popen(
+            ["unshare", "--user", "--map-root-user", "--mount", "sh", "-c", script],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        holders.append(holder)
+        assert holder.stdout is not None
+        if holder.stdout.readline() != "ready\n":
+            _, reason = holder.communicate()
+            pytest.skip(f"no tmpfs can be mounted here: {reason.strip()}")
+        return Path(f"/proc/{holder.pid}/root{point}")
+
+    yield make
+    for holder in holders:
+        holder.communicate()
+
+
+def fill(folder: Path) -> Path:
+    """A file that takes all the space that is left."""
+    ballast = folder / "ballast"
+    with ballast.open("wb", buffering=0) as file:
+        size = 1 << 20
+        while size:
+            try:
+                file.write(bytes(size))
+            except OSError as error:
+                assert error.errno == errno.ENOSPC
+                size //= 2
+    return ballast
+
+
+def group() -> Group:
+    """One trajectory, long enough to need space."""
+    (task,) = miniature.tasks(MiniatureConfig(num_train=1), "train", 0)
+    completion = Completion(np.arange(5000, dtype=np.int32) % 256, np.zeros(5000, np.float32), "stop", 0)
+    turn = Turn(np.zeros(8, np.int32), completion, (), ())
+    trajectory = Trajectory(task.task_id, "t", (turn,), "answered", 1.0, 0, 0.01, 2.0, {})
+    return Group(task, (trajectory,), np.zeros(1, np.float32), np.zeros(1, np.float32))
+
+
+def test_every_writer_names_what_it_could_not_write(disk: Disk) -> None:
+    folder = disk("4m")
+    tokenizer = tokenizers.load_folder(BASE)
+    config = hf.load_config(BASE)
+    params = {"embed": np.zeros((1000, 64), np.float32), "layers": {}}
+    (folder / "summary.json").write_text("{}")
+    metrics = MetricWriter(folder)
+    log = TrajectoryLog(folder, 0, tokenizer, 1)
+    checkpoints = Checkpoints(folder / "checkpoints", CheckpointConfig())
+    checkpoints.save(1, {"x": np.ones(1000)}, {})
+    checkpoints.__exit__(None, None, None)
+    fill(folder)
+
+    def write_metrics() -> None:
+        for step in range(100):
+            metrics.write(step, {"reward/mean": 0.5})
+
+    def save_checkpoints() -> None:
+        with Checkpoints(folder / "checkpoints", CheckpointConfig()) as full:
+            for step in (2, 3):
+                full.save(step, {"x": np.ones(100_000)}, {})
+
+    cases: dict[str, Callable[[], object]] = {
+        "summary.json": lambda: atomic_write(folder / "summary.json", "x" * 10_000),
+        "report.html": lambda: write_report(folder),
+        "metrics.jsonl": write_metrics,
+        "trajectories.jsonl": lambda: log.write(0, [group()]),
+        "model": lambda: hf.save(folder / "model", config, params, tokenizer),
+        "architecture": lambda: hf.save_architecture(folder, config, tokenizer),
+        "checkpoints": save_checkpoints,
+    }
+    for name, write in cases.items():
+        with pytest.raises(OSError) as caught:
+            write()
+        assert (caught.value.errno, caught.value.filename) == (errno.ENOSPC, str(folder / name))
+    assert (folder / "summary.json").read_text() == "{}"
+    assert not list(folder.glob(".*partial"))
+    with Checkpoints(folder / "checkpoints", CheckpointConfig(), read_only=True) as kept:
+        assert kept.latest_step() == 1
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("limit_kib", [0, 64, 2900])
+def test_a_run_goes_on_when_there_is_space_again(limit_kib: int, disk: Disk, jorch: Any, reference: Path) -> None:
+    """`limit_kib` is what is left on the disk when the run has made its second step."""
+    jorch.world = disk("40m")
+    for path in reference.iterdir():
+        if path.is_file():
+            (jorch.world / path.name).write_bytes(path.read_bytes())
+    child = jorch.start("rl", "rl.yaml")
+    metrics = jorch.world / "rl" / "metrics.jsonl"
+    jorch.wait(lambda: metrics.is_file() and metrics.read_text().count("\n") >= 1, "a step")
+    ballast = fill(jorch.world)
+    os.truncate(ballast, max(0, ballast.stat().st_size - 1024 * limit_kib))
+    _, stderr = child.communicate(timeout=200)
+    assert child.returncode == 1, stderr
+    assert stderr.count("\n") == 1, stderr
+    assert stderr.startswith("jorch: error: rl/"), stderr
+    assert stderr.endswith(": No space left on device; go on with: jorch rl rl.yaml --resume\n"), stderr
+    assert jorch.stray() == []
+    ballast.unlink()
+    result = jorch.run("rl", "rl.yaml", "--resume")
+    assert (result.returncode, result.stderr) == (0, "")
+    assert jorch.same_as(reference)
+
+
+def without_override() -> None:
+    """Run in a child before it starts: takes from root what lets it write anywhere and read anything."""
+    for capability in (1, 2):  # CAP_DAC_OVERRIDE, CAP_DAC_READ_SEARCH
+        ctypes.CDLL(None).prctl(24, capability)  # PR_CAPBSET_DROP; in vain, and needless, for any other user
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_without_permission(jorch: Any) -> None:
+    (jorch.world / "mine").mkdir(mode=0o555)
+    for arguments in (("rl", "rl.yaml", "out=mine/run"), ("quickstart", "--out", "mine/run")):
+        line = jorch.line(2, *arguments, preexec_fn=without_override)
+        assert line == "error: mine/run: Permission denied"
+    assert jorch.line(2, "eval", "eval.yaml", "out=mine", preexec_fn=without_override) == (
+        "error: mine/run.lock: Permission denied"
+    )
+    (jorch.world / "tasks.jsonl").chmod(0)
+    assert jorch.line(2, "rl", "rl.yaml", preexec_fn=without_override) == "error: tasks.jsonl: Permission denied"
+    (jorch.world / "rl.yaml").chmod(0)
+    line = jorch.line(2, "rl", "rl.yaml", preexec_fn=without_override)
+    assert line == "error: rl.yaml: cannot be read: Permission denied"

@@ -1,0 +1,314 @@
+"""One train step: its gradient is the plain one, however the batch was split, ordered or laid over devices."""
+
+import functools
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jax.sharding import AbstractMesh, AxisType
+
+from jorch.config import ModelConfig, OptimizerConfig
+from jorch.data.packing import pack
+from jorch.model.transformer import Qwen3
+from jorch.sharding import MESH_AXES, shard_batch
+from jorch.train.optimizer import make_optimizer, make_schedule
+from jorch.train.sft import cross_entropy
+from jorch.train.state import init_state, state_shardings
+from jorch.train.step import make_train_step
+from jorch.types import Sample
+
+LENGTH, ROW_TOKENS = 12, 16
+
+
+def make_samples(count=6, seed=0):
+    """Pairs of siblings, masked middles, two of them counted several times."""
+    rng = np.random.default_rng(seed)
+    samples = []
+    for i in range(count):
+        if i % 2 == 0:
+            prompt = rng.integers(0, 64, rng.integers(3, 6))
+        length = int(rng.integers(len(prompt) + 3, LENGTH + 1))
+        token_ids = np.concatenate([prompt, rng.integers(0, 64, length - len(prompt))]).astype(np.int32)
+        mask = np.arange(length) >= len(prompt)
+        mask[len(prompt) + 1] = False
+        samples.append(
+            Sample(token_ids, mask, np.zeros(length, np.float32), 1.0, num_copies=1 + (i == 1) + 3 * (i == 4))
+        )
+    return samples
+
+
+@functools.cache
+def sgd_step(model, mesh):
+    """A step whose update is minus the gradient."""
+    return make_train_step(model, optax.sgd(1.0), cross_entropy, mesh)
+
+
+def gradient_of(model, params, mesh, batch):
+    """(gradient, metrics) of one SFT step."""
+    state = init_state(model, optax.sgd(1.0), mesh, params)
+    state, metrics = sgd_step(model, mesh)(state, shard_batch(mesh, batch), 1.0)
+    gradient = jax.tree.map(lambda new, old: np.asarray(old, np.float64) - np.asarray(new), state.params, params)
+    return gradient, {name: float(value) for name, value in metrics.items()}
+
+
+def packed(samples, micro_rows, num_micro):
+    return pack(samples, row_tokens=ROW_TOKENS, micro_rows=micro_rows, num_micro=num_micro)
+
+
+def assert_close(tree, expected, tolerance):
+    """Within `tolerance` of the largest entry: gradients cancel, so that small entries have no digits of their own."""
+    scale = max(float(np.abs(x).max()) for x in jax.tree.leaves(expected))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=tolerance * scale), tree, expected)
+
+
+def plain_loss(qwen3_logits, config, samples):
+    """Mean negative log-probability, one sequence at a time, as a function of the parameters in float64."""
+    token_ids = np.stack([np.pad(s.token_ids, (0, LENGTH - len(s.token_ids))) for s in samples])
+    weights = np.stack([np.pad(s.loss_mask * float(s.num_copies), (0, LENGTH - len(s.loss_mask))) for s in samples])
+
+    def loss(params):
+        def summed(token_ids, weights):
+            logprobs = jax.nn.log_softmax(qwen3_logits(params, config, token_ids, jnp)[:-1])
+            return (weights[1:] * logprobs[jnp.arange(LENGTH - 1), token_ids[1:]]).sum()
+
+        return -sum(jax.vmap(summed)(jnp.asarray(token_ids), jnp.asarray(weights))) / weights.sum()
+
+    return loss
+
+
+def test_the_gradient_is_that_of_the_plain_loss_in_float64(tiny, mesh, qwen3_logits):
+    model, params = tiny
+    samples = make_samples()
+    gradient, metrics = gradient_of(model, params, mesh, packed(samples, 2, 6))
+    with jax.enable_x64(True):
+        params64 = jax.tree.map(lambda x: jnp.asarray(np.asarray(x), jnp.float64), params)
+        loss = jax.jit(jax.value_and_grad(plain_loss(qwen3_logits, model.config, samples)))
+        expected_loss, expected = jax.tree.map(np.asarray, loss(params64))
+        assert jax.tree.leaves(expected)[0].dtype == np.float64
+    assert metrics["train/loss"] == pytest.approx(float(expected_loss), rel=1e-5)
+    assert metrics["train/loss_tokens"] == sum(s.num_copies * s.loss_mask.sum() for s in samples)
+    assert metrics["train/grad_norm"] == pytest.approx(float(optax.tree_utils.tree_norm(expected)), rel=1e-4)
+    assert_close(gradient, expected, 2e-5)
+
+
+def test_neither_split_nor_order_nor_empty_rows_change_anything(tiny, mesh):
+    model, params = tiny
+    samples = make_samples()
+    expected, expected_metrics = gradient_of(model, params, mesh, packed(samples, 2, 6))
+    shuffled = [samples[i] for i in np.random.default_rng(1).permutation(len(samples))]
+    for batch in (packed(shuffled, 2, 6), packed(shuffled, 12, 1)):
+        gradient, metrics = gradient_of(model, params, mesh, batch)
+        assert_close(gradient, expected, 1e-6)  # the same addends in another order
+        assert metrics == pytest.approx(expected_metrics, rel=1e-5)
+
+
+def optimizer(kind, **changes):
+    return make_optimizer(OptimizerConfig(kind=kind, learning_rate=1e-3, **changes), steps=10)
+
+
+def test_a_gradient_that_is_not_finite_changes_nothing(tiny, mesh):
+    """But the count of steps; afterwards training goes on as if the batch had never been."""
+    model, params = tiny
+    adam = optimizer("adam")
+    train_step = make_train_step(model, adam, cross_entropy, mesh)
+    good = packed(make_samples(), 2, 6)
+    bad = good._replace(loss_weights=np.where(good.loss_weights == 4, np.inf, good.loss_weights).astype(np.float32))
+    assert np.isinf(bad.loss_weights).any()
+
+    def run(batches):
+        state, skipped = init_state(model, adam, mesh, params), []
+        for batch in batches:
+            state, metrics = train_step(state, shard_batch(mesh, batch), 1.0)
+            skipped.append(float(metrics["train/skipped"]))
+        return jax.device_get(state), skipped
+
+    before, _ = run([good])
+    after, skipped = run([good, bad])
+    assert skipped == [0.0, 1.0]
+    assert (before.step, after.step) == (1, 2)
+    jax.tree.map(np.testing.assert_array_equal, after[1:], before[1:])
+    going_on, _ = run([good, bad, good])
+    never, _ = run([good, good])
+    jax.tree.map(np.testing.assert_array_equal, going_on[1:], never[1:])
+    assert not np.array_equal(never.params["embed"], before.params["embed"])
+
+
+def test_schedules():
+    def rates(schedule, warmup_steps=0, steps=10):
+        config = OptimizerConfig(learning_rate=1.0, schedule=schedule, warmup_steps=warmup_steps, final_fraction=0.1)
+        return [float(make_schedule(config, 1.0, steps)(step)) for step in range(steps + 1)]
+
+    assert rates("constant") == [1.0] * 11
+    assert rates("constant", 4)[:6] == pytest.approx([0.2, 0.4, 0.6, 0.8, 1.0, 1.0])
+    assert rates("linear") == pytest.approx([1 - 0.09 * step for step in range(11)])
+    assert rates("cosine", 2) == pytest.approx(
+        [1 / 3, 2 / 3, *(0.1 + 0.45 * (1 + math.cos(math.pi * step / 8)) for step in range(9))]
+    )
+
+
+@pytest.mark.parametrize("kind", ["adam", "muon"])
+def test_moments_lie_where_their_parameters_lie(kind):
+    """Of the 8B model on eight devices: beside its parameter, and nowhere whole."""
+    model = Qwen3(
+        ModelConfig(
+            vocab_size=151936,
+            hidden_size=4096,
+            intermediate_size=12288,
+            num_hidden_layers=36,
+            num_attention_heads=32,
+            num_key_value_heads=8,
+            head_dim=128,
+        )
+    )
+    mesh = AbstractMesh((1, 4, 1, 2), MESH_AXES, axis_types=(AxisType.Auto,) * 4)
+    rule = optimizer(kind)
+    shapes = jax.eval_shape(rule.init, model.abstract_params())
+    places = state_shardings(model, rule, mesh)
+
+    def keys(path):
+        return tuple(entry.key for entry in path if isinstance(entry, jax.tree_util.DictKey))
+
+    expected = {keys(path): place for path, place in jax.tree_util.tree_leaves_with_path(places.params)}
+    moments = 0
+    for (path, place), shape in zip(
+        jax.tree_util.tree_leaves_with_path(places.opt_state), jax.tree.leaves(shapes), strict=True
+    ):
+        if shape.size < 10:  # counters, and coefficients of Muon
+            assert place.is_fully_replicated
+            continue
+        moments += shape.size
+        [parameter] = [names for names in expected if keys(path)[-len(names) :] == names]
+        assert place == expected[parameter], path
+    layers = model.abstract_params()["layers"]
+    matrices = sum(x.size for name, x in layers.items() if not name.endswith("norm"))
+    assert moments == 2 * model.num_params() - (matrices if kind == "muon" else 0)
+
+
+EIGHT_DEVICES = """
+import sys
+from functools import partial
+from pathlib import Path
+import jax
+jax.config.update("jax_num_cpu_devices", 8)
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import AxisType
+from jorch.config import AlgorithmConfig, MeshConfig, ModelConfig, OptimizerConfig
+from jorch.data.packing import pack
+from jorch.model.transformer import Qwen3
+from jorch.rl.losses import policy_loss
+from jorch.sharding import MESH_AXES, make_mesh, shard_batch
+from jorch.train.optimizer import make_optimizer
+from jorch.train.sft import cross_entropy
+from jorch.train.state import init_state
+from jorch.train.step import make_train_step
+from jorch.types import Sample
+
+assert jax.device_count() == 8
+model = Qwen3(ModelConfig(vocab_size=64, hidden_size=16, intermediate_size=32, num_hidden_layers=2,
+                          num_attention_heads=4, num_key_value_heads=2, head_dim=8, tie_word_embeddings=True))
+one = jax.make_mesh((1, 1, 1, 1), MESH_AXES, axis_types=(AxisType.Auto,) * 4, devices=jax.devices()[:1])
+meshes = {"data=8": MeshConfig(), "fsdp=8": MeshConfig(fsdp=8), "mixed": MeshConfig(fsdp=2, tensor=2)}
+meshes = {"one": one} | {name: make_mesh(config) for name, config in meshes.items()}
+sequence = AlgorithmConfig(ratio="sequence", aggregation="sequence_mean", entropy_coefficient=0.01,
+                           kl_coefficient=0.1, importance_cap=2.0)
+losses = {"rl": ("adam", partial(policy_loss, config=sequence, on_policy=False), True), "sft": ("muon", cross_entropy, False)}
+runs = [run.split("-", 1) for run in sys.argv[2:]]
+rng = np.random.default_rng(0)
+start = jax.tree_util.tree_map_with_path(
+    lambda path, x: (1 if path[-1].key.endswith("norm") else 0) + 0.3 * rng.normal(size=x.shape).astype(np.float32),
+    model.abstract_params())
+
+def batch_of(step):
+    rng = np.random.default_rng(step)
+    samples = []
+    for i in range(14):
+        prompt = np.arange(i // 2, i // 2 + 5)
+        token_ids = np.concatenate([prompt, rng.integers(0, 64, rng.integers(3, 11))]).astype(np.int32)
+        mask = np.arange(len(token_ids)) >= 5
+        logprobs = np.where(mask, rng.uniform(-5, -3, len(mask)), 0).astype(np.float32)
+        samples.append(Sample(token_ids, mask, logprobs, float(rng.normal()), 1 + i % 2))
+    batch = pack(samples, row_tokens=16, micro_rows=8, num_micro=2)
+    assert (batch.loss_weights > 0).any((1, 2)).all(), "both micro-batches are in use"
+    shift = rng.normal(0, 0.3, batch.old_logprobs.shape).astype(np.float32)
+    return batch._replace(old_logprobs=batch.old_logprobs + shift, ref_logprobs=batch.old_logprobs - shift)
+
+for loss_name, mesh_name in runs:
+    mesh = meshes[mesh_name]
+    kind, loss_fn, with_entropy = losses[loss_name]
+    optimizer = make_optimizer(OptimizerConfig(kind=kind, learning_rate=1e-3), steps=3)
+    train_step = make_train_step(model, optimizer, loss_fn, mesh, with_entropy=with_entropy)
+    state = init_state(model, optimizer, mesh, jax.tree.map(jax.device_put, start, model.shardings(mesh)))
+    for leaf in jax.tree.leaves(state):  # nothing big lies whole on every device
+        shards = mesh.shape["fsdp"] * mesh.shape["tensor"]
+        if leaf.size > 100:
+            assert leaf.addressable_shards[0].data.size <= leaf.size / min(shards, 2), leaf.sharding
+    values = {}
+    for step in range(3):
+        state, metrics = train_step(state, shard_batch(mesh, batch_of(step)), 21.0)
+        values |= {f"metric/{step}/{name}": np.asarray(x) for name, x in metrics.items()}
+    for path, leaf in jax.tree_util.tree_leaves_with_path(state.params):
+        values["param/" + jax.tree_util.keystr(path)] = np.asarray(leaf)
+    np.savez(Path(sys.argv[1]) / f"{loss_name}-{mesh_name}.npz", **values)
+"""
+
+
+def compare_with_one_device(folder: Path, loss: str, meshes: list[str]) -> None:
+    """Three steps of a loss on each mesh of eight simulated devices, in a process of its own."""
+    environment = os.environ | {"JAX_PLATFORMS": "cpu"}
+    command = [sys.executable, "-c", EIGHT_DEVICES, str(folder), *(f"{loss}-{mesh}" for mesh in ["one", *meshes])]
+    result = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+    expected = np.load(folder / f"{loss}-one.npz")
+    assert float(expected["metric/0/train/loss"]) != float(expected["metric/2/train/loss"])
+    for mesh in meshes:
+        got = np.load(folder / f"{loss}-{mesh}.npz")
+        assert set(got) == set(expected)
+        for name in expected:
+            # Metrics: float32 sums in another order, over three steps. Parameters: Adam divides by the gradient's own
+            # size; where that is all rounding, a step of 1e-3 keeps some of it.
+            rtol, atol = (1e-4, 1e-6) if name.startswith("metric/") else (0, 1e-5)
+            np.testing.assert_allclose(got[name], expected[name], rtol=rtol, atol=atol, err_msg=f"{name} on {mesh}")
+
+
+def test_eight_devices_compute_what_one_does(tmp_path):
+    """Replicas, shards and tensor parallelism together, with a ratio that spans a sequence."""
+    compare_with_one_device(tmp_path, "rl", ["mixed"])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("loss", ["rl", "sft"])
+def test_eight_devices_on_other_meshes(loss, tmp_path):
+    compare_with_one_device(tmp_path, loss, ["data=8", "fsdp=8", "mixed"])
+
+
+INIT = """
+import jax
+jax.config.update("jax_num_cpu_devices", 8)
+import numpy as np
+from jax.sharding import AxisType
+from jorch.config import MeshConfig, ModelConfig
+from jorch.model.transformer import Qwen3
+from jorch.sharding import MESH_AXES, make_mesh
+
+model = Qwen3(ModelConfig(vocab_size=64, hidden_size=16, intermediate_size=32, num_hidden_layers=2,
+                          num_attention_heads=4, num_key_value_heads=2, head_dim=8))
+one = jax.make_mesh((1, 1, 1, 1), MESH_AXES, axis_types=(AxisType.Auto,) * 4, devices=jax.devices()[:1])
+mixed = make_mesh(MeshConfig(fsdp=2, tensor=2))
+params, expected = (model.init(jax.random.key(0), mesh) for mesh in (mixed, one))
+jax.tree.map(np.testing.assert_array_equal, params, expected)
+jax.tree.map(lambda x, place: (x.sharding == place) or 1 / 0, params, model.shardings(mixed))
+"""
+
+
+@pytest.mark.slow
+def test_initialisation_does_not_depend_on_the_mesh():
+    environment = os.environ | {"JAX_PLATFORMS": "cpu"}
+    subprocess.run([sys.executable, "-c", INIT], env=environment, check=True)
