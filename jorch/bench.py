@@ -119,7 +119,7 @@ def _compilations() -> Iterator[list[float]]:
     durations: list[float] = []
     active = True
 
-    def listen(event: str, duration_s: float, **_: Any) -> None:
+    def listen(event: str, duration_s: float, **_: str | int) -> None:
         if active and event == _COMPILE_EVENT:
             durations.append(duration_s)
 

@@ -261,8 +261,8 @@ class JaxSampler:
     def _make_room(self, num_columns: int) -> None:
         if self._slot + num_columns > self._num_columns():
             assert self._cache is not None
-            self._cache = self.decoder.compact(self._cache)
-            self._slot = int(self._cache.slot)
+            cache: Cache = self.decoder.compact(self._cache)
+            self._cache, self._slot = cache, int(cache.slot)
         assert self._slot + num_columns <= self._num_columns(), "the context bound keeps rows within the cache"
 
     def _num_columns(self) -> int:

@@ -62,8 +62,7 @@ def fill(folder: Path) -> Path:
         while size:
             try:
                 file.write(bytes(size))
-            except OSError as error:
-                assert error.errno == errno.ENOSPC
+            except OSError:
                 size //= 2
     return ballast
 
@@ -120,23 +119,18 @@ def test_every_writer_names_what_it_could_not_write(disk: Disk) -> None:
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
-@pytest.mark.parametrize("limit_kib", [0, 64, 2900])
-def test_a_run_goes_on_when_there_is_space_again(limit_kib: int, disk: Disk, jorch: Any, reference: Path) -> None:
-    """`limit_kib` is what is left on the disk when the run has made its second step."""
+@pytest.mark.parametrize("left_kib", [8, 64, 6000, 9000])
+def test_a_run_goes_on_when_there_is_space_again(left_kib: int, disk: Disk, jorch: Any, reference: Path) -> None:
+    """A checkpoint takes about 2700 KiB."""
     jorch.world = disk("40m")
     for path in reference.iterdir():
         if path.is_file():
             (jorch.world / path.name).write_bytes(path.read_bytes())
-    child = jorch.start("rl", "rl.yaml")
-    metrics = jorch.world / "rl" / "metrics.jsonl"
-    jorch.wait(lambda: metrics.is_file() and metrics.read_text().count("\n") >= 1, "a step")
     ballast = fill(jorch.world)
-    os.truncate(ballast, max(0, ballast.stat().st_size - 1024 * limit_kib))
-    _, stderr = child.communicate(timeout=200)
-    assert child.returncode == 1, stderr
-    assert stderr.count("\n") == 1, stderr
-    assert stderr.startswith("jorch: error: rl/"), stderr
-    assert stderr.endswith(": No space left on device; go on with: jorch rl rl.yaml --resume\n"), stderr
+    os.truncate(ballast, ballast.stat().st_size - 1024 * left_kib)
+    line = jorch.line(1, "rl", "rl.yaml")
+    assert line.startswith("error: rl/")
+    assert line.endswith(": No space left on device; go on with: jorch rl rl.yaml --resume")
     assert jorch.stray() == []
     ballast.unlink()
     result = jorch.run("rl", "rl.yaml", "--resume")
