@@ -119,9 +119,9 @@ def _compilations() -> Iterator[list[float]]:
     durations: list[float] = []
     active = True
 
-    def listen(event: str, duration_s: float, **_: str | int) -> None:
+    def listen(event: str, duration_secs: float, **kwargs: str | int) -> None:
         if active and event == _COMPILE_EVENT:
-            durations.append(duration_s)
+            durations.append(duration_secs)
 
     jax.monitoring.register_event_duration_secs_listener(listen)
     try:

@@ -6,7 +6,9 @@ order are functions of (seed, step), so the step count is the whole of a run's p
 
 import contextlib
 import gc
+import sys
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -67,9 +69,7 @@ class Checkpoints:
         step = self.latest_step()
         assert step is not None, "restore() without a checkpoint"
         reason = ""
-        with warnings.catch_warnings():
-            # Of a damaged checkpoint Orbax leaves coroutines behind, of which Python would warn when they go.
-            warnings.filterwarnings("ignore", "coroutine .* was never awaited", RuntimeWarning)
+        with _dropping_coroutines_silently():
             try:
                 loaded = self._checkpointer.load_checkpointables(step, {"state": abstract_state, "meta": None})
             except Exception as error:
@@ -111,6 +111,18 @@ def _checksum(state: Any) -> jax.Array:
         # Odd factors tell the arrays apart and lose no bit.
         total += jnp.sum(bits, dtype=jnp.uint32) * jnp.uint32(2 * number + 1)
     return total
+
+
+@contextlib.contextmanager
+def _dropping_coroutines_silently() -> Iterator[None]:
+    """Orbax leaves some behind where it cannot read: some complain when they go, and Python warns of the others."""
+    hook, sys.unraisablehook = sys.unraisablehook, lambda _: None
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "coroutine .* was never awaited", RuntimeWarning)
+            yield
+    finally:
+        sys.unraisablehook = hook
 
 
 def _reason(error: BaseException) -> str:

@@ -13,9 +13,11 @@ import os
 import shlex
 import signal
 import sys
+import threading
 import traceback
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from types import TracebackType
 from typing import NoReturn
 
 from jorch import arguments, config_io
@@ -117,6 +119,13 @@ def _quiet_libraries() -> None:
 
     absl_logging.set_verbosity(absl_logging.FATAL)
     logging.getLogger("asyncio").setLevel(logging.CRITICAL)
+    sys.excepthook = _print_uncaught
+
+
+def _print_uncaught(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    """After a failed save, threads of tensorstore report every further array to an event loop that has gone."""
+    if threading.current_thread() is threading.main_thread() or str(error) != "Event loop is closed":
+        sys.__excepthook__(kind, error, trace)
 
 
 def _report(error: BaseException, argv: list[str]) -> int:

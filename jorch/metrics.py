@@ -99,14 +99,21 @@ class MetricWriter:
         self.close()
 
 
+def _protocol() -> tuple[Any, Any]:
+    """TensorBoard's message types; generated code, which says nothing to a type checker."""
+    from tensorboardX.proto import event_pb2, summary_pb2
+
+    return event_pb2, summary_pb2
+
+
 class _Events:
     """TensorBoard's file of events. tensorboardX's own SummaryWriter writes in a thread: once that has met a full
     disk, the training loop would wait for it for ever."""
 
     def __init__(self, folder: Path, purge_step: int) -> None:
         from tensorboardX.event_file_writer import EventsWriter  # heavy: 0.4 s
-        from tensorboardX.proto import event_pb2
 
+        event_pb2, _ = _protocol()
         self._folder = folder
         with naming(folder):
             folder.mkdir(exist_ok=True)
@@ -115,8 +122,7 @@ class _Events:
         self._write(event_pb2.Event(step=purge_step, session_log=start))
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
-        from tensorboardX.proto import event_pb2, summary_pb2
-
+        event_pb2, summary_pb2 = _protocol()
         scalars = [summary_pb2.Summary.Value(tag=name, simple_value=value) for name, value in values.items()]
         self._write(event_pb2.Event(step=step, summary=summary_pb2.Summary(value=scalars)))
 

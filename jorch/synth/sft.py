@@ -34,7 +34,7 @@ def run(config: SftConfig, *, resume: bool, fresh: bool) -> None:
         params = sft.train(config, folder, mesh, model, params, tokenizer, demonstrations)
         hf.save(folder / "model", model.config, params, tokenizer)
         print(f"model: {folder / 'model'}")
-        if config.demonstrations == MINIATURE:
+        if config.demonstrations == MINIATURE and config.init_from is None:
             _compare_with_shipped(digest(folder / "model"))
 
 
@@ -96,13 +96,15 @@ def _read(path: Path, config: SftConfig, tokenizer: Tokenizer) -> list[list[dict
     if not path.is_file():
         raise ValueError(f"no demonstrations at {path}; set demonstrations to a JSONL file")
     rows = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+    lines = path.read_text(encoding="utf-8", errors="replace").split("\n")  # splitlines() also splits inside of strings
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
         try:
-            messages = json.loads(line)["messages"]
+            messages = _messages(line)
             token_ids, _ = demonstration_tokens(messages, tokenizer, config.chat.style)
-        except (ValueError, KeyError, TypeError) as error:
-            reason = f"no {error}" if isinstance(error, KeyError) else str(error)
-            raise ValueError(f"{path}:{number}: unreadable demonstration: {reason}") from error
+        except (ValueError, RecursionError) as error:
+            raise ValueError(f"{path}:{number}: unreadable demonstration: {error}") from error
         if len(token_ids) > config.batch.row_tokens:
             raise ValueError(
                 f"{path}:{number}: {len(token_ids)} tokens do not fit batch.row_tokens={config.batch.row_tokens}"
@@ -111,3 +113,14 @@ def _read(path: Path, config: SftConfig, tokenizer: Tokenizer) -> list[list[dict
     if not rows:
         raise ValueError(f"{path}: no demonstrations in it")
     return rows
+
+
+def _messages(line: str) -> list[dict[str, str]]:
+    row = json.loads(line)
+    messages = row.get("messages") if isinstance(row, dict) else None
+    if not isinstance(messages, list):
+        raise ValueError("no 'messages', a list")
+    for message in messages:
+        if not isinstance(message, dict) or not all(isinstance(message.get(key), str) for key in ("role", "content")):
+            raise ValueError("a message is an object with the strings 'role' and 'content'")
+    return messages

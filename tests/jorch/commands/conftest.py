@@ -75,18 +75,20 @@ class Jorch:
     environment: dict[str, str]
     children: list[subprocess.Popen[str]] = field(default_factory=list)
 
-    def start(self, *arguments: str, **options: Any) -> subprocess.Popen[str]:
-        """In a process of its own, the leader of a group of its own, with both outputs piped."""
+    def start(self, *arguments: str, through: tuple[str, ...] = ()) -> subprocess.Popen[str]:
+        """In a process of its own, the leader of a group of its own, with both outputs piped.
+
+        `through` is a command that runs the command that follows it.
+        """
         script = "import sys; from jorch.cli import main; sys.exit(main())"
         child = subprocess.Popen(
-            [sys.executable, "-c", script, *arguments],
+            [*through, sys.executable, "-c", script, *arguments],
             cwd=self.world,
             env=self.environment,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
             start_new_session=True,
-            **options,
         )
         self.children.append(child)
         return child
@@ -102,12 +104,12 @@ class Jorch:
         assert result.returncode == status, result.stderr
         return only_line(result.stderr)
 
-    def same_as(self, reference: Path) -> bool:
+    def same_as(self, reference: Path, run_folder: Path | None = None) -> bool:
         """Whether run `rl` ended like the undisturbed one: in its weights and in every metric but times."""
-        weights = ("rl/model/model.safetensors", "rl/model/tokenizer.model", "rl/trajectories.jsonl")
-        return all(
-            (self.world / name).read_bytes() == (reference / name).read_bytes() for name in weights
-        ) and timeless(self.world / "rl") == timeless(reference / "rl")
+        here, there = run_folder or self.world / "rl", reference / "rl"
+        names = ("model/model.safetensors", "model/tokenizer.model", "trajectories.jsonl")
+        files_agree = all((here / name).read_bytes() == (there / name).read_bytes() for name in names)
+        return files_agree and timeless(here) == timeless(there)
 
     def stray(self) -> list[str]:
         """Command lines of the living processes that work in the world's folder."""
