@@ -15,9 +15,6 @@ from jorch.config import ModelConfig
 from jorch.model.transformer import Params, Qwen3, Transformer
 from kernels.attention.reference import dense_attention
 
-_BLOCK = 32
-"""Vocabulary entries of which `invert_cdf` first looks at the sum only."""
-
 
 class Cache(NamedTuple):
     """Keys and values of all rows (a pytree), and where the next block goes."""
@@ -93,8 +90,6 @@ def decode(
 ) -> tuple[Cache, Sampled]:
     """Sample up to `max_tokens` tokens for every active row, until all have drawn `stop_id`.
 
-    A row's last token is returned but not cached: the next turn appends it together with what follows it.
-
     Args:
         keys_B: one PRNG key per row; a token's noise depends on its row's key and position only, not on the
             batch around it.
@@ -102,72 +97,43 @@ def decode(
     """
     B = active_B.shape[0]
 
-    def sample(index: Any, cache: Cache, active_B: jax.Array, sampled: Sampled) -> tuple[jax.Array, Sampled]:
-        uniform_B = jax.vmap(lambda key, n: jax.random.uniform(jax.random.fold_in(key, n)))(keys_B, cache.num_tokens)
-        token_B, logprob_B = draw(module.logits(cache.hidden_BD), uniform_B, temperature)
-        token_B = jnp.where(active_B, token_B, 0)
-        return token_B, Sampled(
-            sampled.token_ids.at[:, index].set(token_B),
-            sampled.logprobs.at[:, index].set(jnp.where(active_B, logprob_B, 0.0)),
-            sampled.num_tokens + active_B,
+    def draw(hidden_BD: jax.Array, positions_B: jax.Array) -> tuple[jax.Array, jax.Array]:
+        logits_BV = module.logits(hidden_BD) / jnp.where(temperature > 0, temperature, 1.0)
+        logprobs_BV = jax.nn.log_softmax(logits_BV)
+
+        def noise(key: jax.Array, position: jax.Array) -> jax.Array:
+            return jax.random.gumbel(jax.random.fold_in(key, position), logits_BV.shape[1:])
+
+        noisy_BV = jax.lax.cond(
+            temperature > 0,
+            lambda: logprobs_BV + jax.vmap(noise)(keys_B, positions_B),
+            lambda: logprobs_BV,
         )
+        token_B = jnp.argmax(noisy_BV, axis=-1).astype(jnp.int32)
+        return token_B, jnp.take_along_axis(logprobs_BV, token_B[:, None], axis=1)[:, 0]
 
     def unfinished(carry: tuple) -> jax.Array:
-        index, _, active_B, _, _ = carry
+        index, _, active_B, _ = carry
         return (index < max_tokens) & jnp.any(active_B)
 
     def one_token(carry: tuple) -> tuple:
-        index, cache, active_B, token_B, sampled = carry
+        index, cache, active_B, (token_ids, logprobs, num_tokens) = carry
+        token_B, logprob_B = draw(cache.hidden_BD, cache.num_tokens)
+        sampled = Sampled(
+            token_ids.at[:, index].set(jnp.where(active_B, token_B, 0)),
+            logprobs.at[:, index].set(jnp.where(active_B, logprob_B, 0.0)),
+            num_tokens + active_B,
+        )
         cache = append(module, cache, token_B[:, None], active_B[:, None])
-        token_B, sampled = sample(index, cache, active_B, sampled)
-        return index + 1, cache, active_B & (token_B != stop_id), token_B, sampled
+        return index + 1, cache, active_B & (token_B != stop_id), sampled
 
-    nothing = Sampled(
+    empty = Sampled(
         jnp.zeros((B, max_tokens), jnp.int32),
         jnp.zeros((B, max_tokens), jnp.float32),
         jnp.zeros(B, jnp.int32),
     )
-    token_B, first = sample(0, cache, active_B, nothing)
-    start = (jnp.ones((), jnp.int32), cache, active_B & (token_B != stop_id), token_B, first)
-    _, cache, _, _, sampled = jax.lax.while_loop(unfinished, one_token, start)
+    _, cache, _, sampled = jax.lax.while_loop(unfinished, one_token, (jnp.zeros((), jnp.int32), cache, active_B, empty))
     return cache, sampled
-
-
-def draw(logits_BV: jax.Array, uniform_B: jax.Array, temperature: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """(token ids i32[B], log-probabilities f32[B]) by one uniform number per row; temperature as in `decode`."""
-    logits_BV = logits_BV / jnp.where(temperature > 0, temperature, 1.0)
-    logits_BV -= jnp.max(logits_BV, axis=-1, keepdims=True)
-    weights_BV = jnp.exp(logits_BV)
-    # Greedy is the same draw from the most probable entries alone: the first of them, by a uniform of 0.
-    token_B = invert_cdf(
-        jnp.where(temperature > 0, weights_BV, logits_BV == 0), jnp.where(temperature > 0, uniform_B, 0.0)
-    )
-    chosen_B = jnp.take_along_axis(logits_BV, token_B[:, None], axis=1)[:, 0]
-    return token_B, chosen_B - jnp.log(jnp.sum(weights_BV, axis=-1))
-
-
-def invert_cdf(weights_BV: jax.Array, uniform_B: jax.Array) -> jax.Array:
-    """i32[B]: the index at which a row's running sum of weights passes `uniform` of its total.
-
-    Noise per row instead of per vocabulary entry, and running sums over blocks, then within the one that is hit:
-    several times cheaper than adding Gumbel noise to every logit.
-    """
-    B, V = weights_BV.shape
-    blocks_BJI = jnp.pad(weights_BV, ((0, 0), (0, -V % _BLOCK))).reshape(B, -1, _BLOCK)
-    sums_BJ = jnp.sum(blocks_BJI, axis=-1)
-    block_B, rest_B = _pass(sums_BJ, uniform_B * jnp.sum(sums_BJ, axis=-1))
-    within_B, _ = _pass(jnp.take_along_axis(blocks_BJI, block_B[:, None, None], axis=1)[:, 0], rest_B)
-    return block_B * _BLOCK + within_B
-
-
-def _pass(weights_BJ: jax.Array, target_B: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """The first index whose running sum exceeds the target, and what of the target lies beyond those before it."""
-    ends_BJ = jnp.cumsum(weights_BJ, axis=-1)
-    # Rounding must neither lead past the end nor to an index without weight.
-    target_B1 = jnp.minimum(target_B, ends_BJ[:, -1] * (1 - 1e-6))[:, None]
-    index_B = jnp.argmax((ends_BJ > target_B1) & (weights_BJ > 0), axis=-1).astype(jnp.int32)
-    before_B = jnp.take_along_axis(ends_BJ - weights_BJ, index_B[:, None], axis=1)[:, 0]
-    return index_B, target_B1[:, 0] - before_B
 
 
 def take_rows(cache: Cache, rows: jax.Array) -> Cache:

@@ -61,29 +61,31 @@ class Learner:
         batches = [self._pack(part) for part in _split(samples, self.config.num_minibatches) if part]
         packed = time.perf_counter()
         totals: list[dict[str, jax.Array]] = []
-        for batch, num_sequences in batches:
+        for batch, num_sequences, _ in batches:
             self.state, metrics = self.train_step(self.state, batch, num_sequences)
             totals.append(metrics)
         means = {name: float(np.mean([float(m[name]) for m in totals])) for name in (totals or [{}])[0]}
         return means | {
             "samples/trained": float(sum(s.num_copies for s in samples)),
             "samples/distinct": float(len(samples)),
-            "packing/fill": float(np.mean([fill_fraction(b) for b, _ in batches])) if batches else 0.0,
+            "packing/fill": float(np.mean([fill for *_, fill in batches])) if batches else 0.0,
             "time/pack_s": packed - began,
             "time/learn_s": time.perf_counter() - packed,
         }
 
-    def _pack(self, samples: list[Sample]) -> tuple[PackedBatch, float]:
+    def _pack(self, samples: list[Sample]) -> tuple[PackedBatch, float, float]:
+        """(batch on the mesh, number of sequences in it, share of its positions that hold a token)"""
         shape = self.config.batch
         num_micro = -(-self.config.tasks_per_step * self.config.group_size // shape.micro_rows)
         batch = pack(samples, row_tokens=shape.row_tokens, micro_rows=shape.micro_rows, num_micro=num_micro)
+        fill = fill_fraction(batch)
         batch = shard_batch(self.mesh, batch)
         if self.config.num_minibatches > 1:
             # Taken before the first update, so that every minibatch's ratio is to the same policy.
             batch = batch._replace(old_logprobs=self.logprobs_fn(self.state.params, batch))
         if self.reference is not None:
             batch = batch._replace(ref_logprobs=self.logprobs_fn(self.reference, batch))
-        return batch, float(sum(s.num_copies for s in samples))
+        return batch, float(sum(s.num_copies for s in samples)), fill
 
 
 def run(config: RlConfig, *, resume: bool, fresh: bool) -> None:

@@ -19,8 +19,8 @@ from jorch.model.decode import Cache, Decoder, empty_cache
 from jorch.model.transformer import Params, Qwen3
 from jorch.types import Completion, CompletionRequest
 
-_SHRINK, _NUM_SHRINKS = 4, 2
-"""Factor between batch sizes, and how often it applies: few programs to compile, at most this much idle work."""
+_SHRINK = 4
+"""Factor between batch sizes: few programs to compile, at most this much idle work."""
 _MIN_ROWS = 8
 
 
@@ -83,7 +83,7 @@ class JaxSampler:
         Args:
             append_tokens: expected length of an observation; other lengths compile when they first occur.
         """
-        largest, width = self.config.max_rows, _padded(1 + append_tokens)  # after the last sampled token
+        largest, width = self.config.max_rows, _power_of_two(append_tokens)
         sizes = sorted({self._bucket(n) for n in range(1, largest + 1)}, reverse=True)
         for number, size in enumerate(sizes):
             cache = empty_cache(self.model.config, size, self._num_columns())
@@ -194,7 +194,7 @@ class JaxSampler:
             seeds[row.index] = row.request.seed & 0xFFFFFFFF
         self._cache, sampled = self.decoder.decode(self.params, self._cache, active, seeds, np.float32(temperature))
         token_ids, logprobs, counts = jax.device_get(tuple(sampled))
-        self._slot += int(counts.max()) - 1  # the last token is not in the cache yet
+        self._slot += int(counts.max())
         completions = [self._completion(row, token_ids, logprobs, counts) for row in rows]
         self.stats.busy_s += time.perf_counter() - began
         self.stats.sampled_tokens += int(counts.sum())
@@ -206,8 +206,7 @@ class JaxSampler:
         count = min(int(counts[row.index]), row.request.max_tokens)
         ids = token_ids[row.index, :count].copy()
         # Past a request's own limit the cache holds more than was answered: nothing can be appended to such a row.
-        num_cached = counts[row.index] - 1
-        row.cached_ids = np.concatenate([row.request.prompt_token_ids, token_ids[row.index, :num_cached]])
+        row.cached_ids = np.concatenate([row.request.prompt_token_ids, token_ids[row.index, : counts[row.index]]])
         reason = "stop" if count and ids[-1] == self.stop_id else "length"
         return Completion(ids, logprobs[row.index, :count].copy(), reason, self.policy_version)
 
@@ -221,7 +220,7 @@ class JaxSampler:
             prompts.setdefault(row.request.prompt_token_ids.tobytes(), len(prompts))
         unique = [np.frombuffer(key, np.int32) for key in prompts]
         has_stragglers = len(rows) < len(live)
-        num_rows = _padded(len(unique) + has_stragglers)
+        num_rows = _power_of_two(len(unique) + has_stragglers)
         source = np.full(self._bucket(len(live)), len(unique) if has_stragglers else 0, np.int32)
         for row in rows:
             assert row.request is not None
@@ -245,33 +244,30 @@ class JaxSampler:
     def _append(self, new_ids: dict[int, np.ndarray]) -> None:
         """Append each row's new tokens, right-padded, in blocks of at most `prefill_chunk_tokens`."""
         longest = max(map(len, new_ids.values()), default=0)
-        start = 0
-        while start < longest:
-            padded = min(_padded(longest - start), self.config.prefill_chunk_tokens)
+        chunk = self.config.prefill_chunk_tokens
+        for start in range(0, longest, chunk):
+            blocks = {index: ids[start : start + chunk] for index, ids in new_ids.items()}
+            width = max(map(len, blocks.values()))
+            padded = min(_power_of_two(width), chunk)
+            token_ids = np.zeros((self._batch_rows, padded), np.int32)
+            ok = np.zeros((self._batch_rows, padded), bool)
+            for index, ids in blocks.items():
+                token_ids[index, : len(ids)] = ids
+                ok[index, : len(ids)] = True
             self._make_room(padded)
-            width = min(padded, self._num_columns() - self._slot)
-            token_ids = np.zeros((self._batch_rows, width), np.int32)
-            num_new = np.zeros(self._batch_rows, np.int32)
-            for index, ids in new_ids.items():
-                block = ids[start : start + width]
-                num_new[index] = len(block)
-                token_ids[index, : len(block)] = block
-            ok = np.arange(width) < num_new[:, None]
             self._cache = self.decoder.append(self.params, self._cache, token_ids, ok)
-            self._slot += int(num_new.max())
-            start += int(num_new.max())
+            self._slot += width
 
     def _make_room(self, num_columns: int) -> None:
-        """Compact the cache where fewer columns than that are free; then at least `max_tokens` are."""
         if self._slot + num_columns > self._num_columns():
             assert self._cache is not None
             cache: Cache = self.decoder.compact(self._cache)
             self._cache, self._slot = cache, int(cache.slot)
-            assert self._slot < self.max_context_tokens, "the context bound keeps rows within the cache"
+        assert self._slot + num_columns <= self._num_columns(), "the context bound keeps rows within the cache"
 
     def _num_columns(self) -> int:
-        # The longest row may be at the bound while others decode.
-        return self.max_context_tokens + self.max_tokens
+        # Padding of the last block may reach past the longest row.
+        return self.max_context_tokens + self.config.prefill_chunk_tokens + self.max_tokens
 
     def _shrink(self, live: list[_Row]) -> None:
         """Drop ended rows where a smaller batch holds the live ones."""
@@ -287,13 +283,10 @@ class JaxSampler:
     def _bucket(self, num_rows: int) -> int:
         """The smallest compiled batch size that holds `num_rows`."""
         size = self.config.max_rows
-        for _ in range(_NUM_SHRINKS):
-            if size // _SHRINK >= max(num_rows, _MIN_ROWS):
-                size //= _SHRINK
+        while size // _SHRINK >= max(num_rows, _MIN_ROWS):
+            size //= _SHRINK
         return size
 
 
-def _padded(number: int) -> int:
-    """The next power of two, or above 16 three quarters of it where that is enough: sizes recur, so programs do."""
-    power = 1 << max(number - 1, 0).bit_length()
-    return power * 3 // 4 if power > 16 and number <= power * 3 // 4 else power
+def _power_of_two(number: int) -> int:
+    return 1 << max(number - 1, 0).bit_length()
