@@ -8,7 +8,6 @@ import asyncio
 import hashlib
 import itertools
 import uuid
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -33,6 +32,8 @@ from jorch.types import (
 MALFORMED = frozenset({"unknown_tool", "invalid_arguments"})
 """Errors of the server that the model's own writing caused."""
 _LOST = frozenset({"unknown_session", "session_over"})
+_SELF_CONTAINED = frozenset({"experts"})
+"""Environments whose tasks carry all messages and tools: the first turn is sampled while the session still opens."""
 
 
 async def probe(tools: ToolClient, tasks: Sequence[Task]) -> None:
@@ -40,10 +41,12 @@ async def probe(tools: ToolClient, tasks: Sequence[Task]) -> None:
 
     Raises ValueError where the server refuses it.
     """
-    firsts = {(task.environment, task.domain): task for task in reversed(tasks)}
+    firsts: dict[tuple[str, str], Task] = {}
+    for task in tasks:
+        firsts.setdefault((task.environment, task.domain), task)
     for task in firsts.values():
         session_id = f"probe/{uuid.uuid4().hex}"
-        await _open(tools, task, session_id, seed=0)
+        await _accepted(task, _open(tools, task, session_id, seed=0))
         await tools.finish(session_id)
 
 
@@ -119,7 +122,8 @@ class Driver:
     async def _attempt(
         self, task: Task, trajectory_id: str, session_id: str, seed: int, temperature: float
     ) -> Trajectory:
-        opened = await _open(self.tools, task, session_id, seed)
+        opening = _open(self.tools, task, session_id, seed)
+        opened = None if task.environment in _SELF_CONTAINED else await _accepted(task, opening)
         token_ids = self._prompt(task, opened)
         turns: list[Turn] = []
         malformed = 0
@@ -132,6 +136,7 @@ class Driver:
             completion = await self.sampler.complete(
                 CompletionRequest(trajectory_id, token_ids, self.config.max_tokens_per_turn, temperature, noise)
             )
+            await _accepted(task, opening)
             calls, results = await self._act(session_id, number, completion)
             turns.append(Turn(token_ids, completion, calls, results))
             malformed += sum(result.error in MALFORMED for result in results)
@@ -141,6 +146,8 @@ class Driver:
                 break
             observation = self._observation(results)
             token_ids = np.concatenate([token_ids, completion.token_ids, observation])
+        await _accepted(task, opening)
+        self.sampler.release(trajectory_id)  # before the verdict: the siblings' next turn need not wait for it
         record = await self.tools.finish(session_id)
         if record.error in _LOST:
             raise SessionLost
@@ -210,12 +217,14 @@ class Driver:
             num_malformed=malformed,
             cost_usd=record.cost_usd + sampled * self.config.orchestrator_usd_per_million_tokens / 1e6,
             latency_s=record.latency_s + sampled * self.config.orchestrator_seconds_per_token,
-            tool_counts=dict(Counter(record.tool_counts)),
+            tool_counts=record.tool_counts,
         )
 
-    def _prompt(self, task: Task, opened: SessionOpened) -> np.ndarray:
+    def _prompt(self, task: Task, opened: SessionOpened | None) -> np.ndarray:
         if task.task_id not in self._prompts:
-            text = render_prompt(opened.messages or task.messages, opened.tools or task.tools, self.chat.style)
+            messages = (opened and opened.messages) or task.messages
+            tools = (opened and opened.tools) or task.tools
+            text = render_prompt(messages, tools, self.chat.style)
             ids = self.tokenizer.encode(text)
             self._prompts[task.task_id] = truncate_middle(ids, self.config.max_prompt_tokens)
         return self._prompts[task.task_id]
@@ -239,8 +248,13 @@ def _derive_seed(seed: int, name: str) -> int:
     return int.from_bytes(digest, "big") >> 1
 
 
-async def _open(tools: ToolClient, task: Task, session_id: str, seed: int) -> SessionOpened:
-    opened = await tools.open(OpenSession(session_id, task.environment, task.setup, _derive_seed(seed, task.task_id)))
+def _open(tools: ToolClient, task: Task, session_id: str, seed: int) -> asyncio.Future[SessionOpened]:
+    return tools.open(OpenSession(session_id, task.environment, task.setup, _derive_seed(seed, task.task_id)))
+
+
+async def _accepted(task: Task, opening: asyncio.Future[SessionOpened]) -> SessionOpened:
+    """The opened session; ValueError where the server refuses the task. May be awaited again."""
+    opened = await opening
     if opened.error:
         raise ValueError(f"the tool server refused task {task.task_id}: {opened.error}")
     return opened

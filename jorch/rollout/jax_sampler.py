@@ -88,7 +88,8 @@ class JaxSampler:
         for number, size in enumerate(sizes):
             cache = empty_cache(self.model.config, size, self._num_columns())
             nothing = np.zeros((size, width), np.int32)
-            cache = self.decoder.append(self.params, cache, nothing, nothing > 0)
+            for _ in range(2):  # a cache that a program returned is placed otherwise than an empty one: another program
+                cache = self.decoder.append(self.params, cache, nothing, nothing > 0)
             none = np.zeros(size, bool)
             cache, _ = self.decoder.decode(self.params, cache, none, np.zeros(size, np.uint32), np.float32(1.0))
             for smaller in sizes[number + 1 :]:
@@ -138,12 +139,15 @@ class JaxSampler:
     def _start_when_ready(self) -> None:
         if self._wave or not self._rows:
             return
-        asking = [row for row in self._rows.values() if row.request is not None]
-        if len(asking) == len(self._rows):
+        # Once per request: siblings ask in row order, so from the end the first row that does not is found at once.
+        if all(row.request is not None for row in reversed(self._rows.values())):
             self._start()
-        elif asking and self.config.max_wait_s is not None and self._timer is None:
+        elif self.config.max_wait_s is not None and self._timer is None and self._anyone_asks():
             loop = asyncio.get_running_loop()
             self._timer = loop.call_later(self.config.max_wait_s, self._start)
+
+    def _anyone_asks(self) -> bool:
+        return any(row.request is not None for row in self._rows.values())
 
     def _start(self) -> None:
         if self._timer:

@@ -91,8 +91,9 @@ class ToolClient:
         """{"status": "ok", "version": ..., "sessions": n}"""
         return await self._request("GET", "/healthz")
 
-    async def open(self, session: OpenSession) -> SessionOpened:
-        return await self._send(_OPEN, session)
+    def open(self, session: OpenSession) -> asyncio.Future[SessionOpened]:
+        """Sent in this tick of the event loop, awaited or not."""
+        return self._send(_OPEN, session)
 
     async def call(self, call: Call) -> CallResult:
         return await self._send(_CALL, call)

@@ -97,7 +97,6 @@ class ScriptedSampler:
         self.expected: list[str] = []
         self.turns: dict[str, int] = defaultdict(int)
         self.before_turn: Callable[[str, int], Awaitable[None]] | None = None
-        self.released = asyncio.Event()
 
     def expect(self, trajectory_ids):
         self.expected += trajectory_ids
@@ -116,7 +115,6 @@ class ScriptedSampler:
 
     def release(self, trajectory_id):
         self.turns.pop(trajectory_id, None)
-        self.released.set()
 
 
 ROLLOUT = RolloutConfig(
@@ -318,7 +316,9 @@ def restarted(folder, texts, retries, tasks=(TASK, QUICK)):
     async def restart(task_id, number):
         if (task_id, number) == (TASK.task_id, 1) and not restarts:
             if QUICK in tasks:
-                await sampler.released.wait()
+                async with ToolClient(server.url, timeout_s=30, retries=0) as tools:
+                    while (await tools.health())["sessions"] > 1:
+                        await asyncio.sleep(0.01)
             restarts.append(server.kill())
             server.start()
 
@@ -374,7 +374,7 @@ def test_a_dead_server_stops_the_run_with_its_address(tmp_path):
 def test_a_refused_task_is_named(server):
     stranger = replace(TASK, setup={"model_mapping": {"search-1": "nobody"}})
     with pytest.raises(ValueError, match="the tool server refused task task-0: .*unknown expert 'nobody'"):
-        roll_out_one(server, stranger, [])
+        roll_out_one(server, stranger, [call_text(SEARCH)])
 
 
 def test_an_error_of_the_sampler_arrives_as_it_is(server):

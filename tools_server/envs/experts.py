@@ -32,6 +32,7 @@ FUNCTIONS = {
     "answer": Function("answer-", "answered", "answered"),
 }
 EVIDENCE = ("search", "enhance_reasoning")
+PREFIXES = tuple(function.prefix for function in FUNCTIONS.values())
 
 
 class ExpertsEnvironment:
@@ -123,8 +124,8 @@ def _read_experts(setup: dict[str, Any], domain: str, config: ServerConfig) -> d
         raise ValueError("setup.tool_pricing: expected {expert name: {usd_per_million_tokens: x}}")
     experts = {}
     for alias, name in mapping.items():
-        if not alias.startswith(tuple(function.prefix for function in FUNCTIONS.values())):
-            prefixes = ", ".join(f"{function.prefix}*" for function in FUNCTIONS.values())
+        if not alias.startswith(PREFIXES):
+            prefixes = ", ".join(f"{prefix}*" for prefix in PREFIXES)
             raise ValueError(f"setup.model_mapping: alias {alias!r} has an unknown prefix; allowed: {prefixes}")
         profile = config.experts.get(name) if isinstance(name, str) else None
         if profile is None:
