@@ -11,9 +11,10 @@ import jax
 import numpy as np
 import pytest
 
-from jorch.config import SamplerConfig
+from jorch.config import MeshConfig, SamplerConfig
 from jorch.data.packing import pack
 from jorch.rollout.jax_sampler import JaxSampler
+from jorch.sharding import make_mesh
 from jorch.train.step import make_logprobs_fn
 from jorch.types import Completion, CompletionRequest, Sample
 
@@ -170,6 +171,20 @@ def test_no_program_is_compiled_for_shapes_that_were_there_before(make_sampler):
     played = play_all(sampler, scripts(40, siblings=4), 1.0)
     assert sampler.decoder.num_programs() == warm
     assert {c.policy_version for turns in played.values() for _, c in turns} == {1}
+
+
+def test_the_warm_up_compiles_the_turns_of_every_batch_size(tiny):
+    model, params = tiny
+    params = jax.device_put(params, model.shardings(make_mesh(MeshConfig())))  # as a train step returns them
+    config = SamplerConfig(max_rows=32, max_context_tokens=CONTEXT, prefill_chunk_tokens=4)
+    sampler = JaxSampler(model, params, config, max_tokens=MAX_TOKENS, stop_id=STOP_ID)
+    sampler.warm_up(append_tokens=3)
+    play_all(sampler, [Script(f"one{i}", (1, 2, 3, 4)) for i in range(32)])  # compiles the prompts' programs
+    compiled: list[str] = []
+    jax.monitoring.register_event_duration_secs_listener(lambda event, *_, **__: compiled.append(event))
+    play_all(sampler, [Script(f"more{i}", (1, 2, 3, 4), ((5, 6, 7),) * (i % 4)) for i in range(32)])
+    sampler.close()
+    assert "/jax/core/compile/backend_compile_duration" not in compiled
 
 
 def test_an_append_block_may_be_any_number_of_tokens(make_sampler, check):
