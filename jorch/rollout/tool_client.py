@@ -133,6 +133,7 @@ class ToolClient:
             for _, answer in batch:
                 if not answer.done():
                     answer.set_exception(type(error)(*error.args))
+                    answer.exception()  # counts as read: a waiter cancelled by now never will, and asyncio would log it
         else:
             for (_, answer), record in zip(batch, records, strict=True):
                 if not answer.done():

@@ -2,11 +2,14 @@
 
 import asyncio
 import contextlib
+import gc
 import os
 import signal
+import socket
 import subprocess
 import sys
 
+import aiohttp
 import pytest
 from aiohttp import web
 
@@ -249,3 +252,21 @@ def test_a_server_killed_mid_run_is_named_and_a_restarted_one_has_lost_its_sessi
         assert (lost.error, lost.ended, record.error) == ("unknown_session", True, "unknown_session")
 
     asyncio.run(main())
+
+
+def test_a_failure_that_nobody_waits_for_any_more_is_not_logged(caplog):
+    """As when trajectories are cancelled before they await the session that they opened."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        url = f"http://127.0.0.1:{free.getsockname()[1]}"
+
+    async def main():
+        client = ToolClient(url, timeout_s=10, retries=0)
+        async with aiohttp.ClientSession() as client._http:
+            opening = client.open(OpenSession("a", "experts", SETUP))
+            await asyncio.wait([opening])
+            assert opening.done()
+
+    asyncio.run(main())
+    gc.collect()
+    assert "never retrieved" not in caplog.text
