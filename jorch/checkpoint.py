@@ -7,10 +7,11 @@ order are functions of (seed, step), so the step count is the whole of a run's p
 import contextlib
 import gc
 import sys
+import time
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
-from types import TracebackType
+from types import CoroutineType, TracebackType
 from typing import Any
 
 import jax
@@ -75,7 +76,7 @@ class Checkpoints:
             except Exception as error:
                 loaded, reason = {}, _reason(error)
             if reason:
-                gc.collect()
+                _wait_for_readers()
         if reason:
             raise ValueError(self._unreadable(step, reason))
         state, meta = loaded["state"], loaded["meta"]
@@ -123,6 +124,16 @@ def _dropping_coroutines_silently() -> Iterator[None]:
             yield
     finally:
         sys.unraisablehook = hook
+
+
+def _wait_for_readers(timeout_s: float = 5.0) -> None:
+    """Until Orbax's coroutines are gone: the first failed read ends a restore while the others are still under way."""
+    deadline = time.monotonic() + timeout_s
+    while time.monotonic() < deadline:
+        gc.collect()
+        if not any(isinstance(o, CoroutineType) and "orbax" in o.cr_code.co_filename for o in gc.get_objects()):
+            return
+        time.sleep(0.02)
 
 
 def _reason(error: BaseException) -> str:
