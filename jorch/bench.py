@@ -25,7 +25,7 @@ from rich.console import Console
 from rich.table import Table
 
 from jorch import config_io
-from jorch.config import MiniatureConfig, QuickstartConfig, RlConfig, SamplerConfig
+from jorch.config import MiniatureConfig, QuickstartConfig, RlConfig
 from jorch.data.tasks import TaskStream
 from jorch.export import hf, pretrained
 from jorch.metrics import stage
@@ -49,8 +49,9 @@ HF_PYTHON_VARIABLE = "JORCH_HF_PYTHON"
 _TRANSFORMERS = """
 import json, statistics, sys, time, torch, transformers
 model = transformers.AutoModelForCausalLM.from_pretrained(sys.argv[1], dtype=torch.float32).eval()
-batch, prompt, new, repeats = map(int, sys.argv[2:])
-ids = torch.full((batch, prompt), 7)
+new, repeats = map(int, sys.argv[2:])
+ids = torch.tensor(json.load(sys.stdin))
+batch, prompt = ids.shape
 def run():
     began = time.perf_counter()
     with torch.inference_mode():
@@ -69,8 +70,9 @@ def run_loop(json_path: Path | None, num_steps: int = 20) -> None:
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
         steps, programs = _measure_steps(folder, num_steps)
-        ours = _sampler_tokens_per_s(folder / "random")
-        theirs = _transformers_tokens_per_s(folder / "random")
+        prompts = np.random.default_rng(0).integers(3, 300, (_TASKS, _PROMPT_TOKENS)).repeat(_GROUP, axis=0)
+        ours = _sampler_tokens_per_s(folder / "random", prompts.astype(np.int32))
+        theirs = _transformers_tokens_per_s(folder / "random", prompts)
     measured = _summarise(steps, programs, ours, theirs)
     _print(measured)
     if json_path is not None:
@@ -130,15 +132,15 @@ def _compilations() -> Iterator[list[float]]:
         active = False  # jax has no public way to take a listener off again
 
 
-def _sampler_tokens_per_s(folder: Path) -> list[float]:
-    """Our sampler on random weights, which are left in `folder`: 128 rows, 48 prompt and 32 new tokens each."""
-    start = pretrained.load("base", make_mesh(_config().mesh))
-    params = start.model.init(jax.random.key(1), make_mesh(_config().mesh))
+def _sampler_tokens_per_s(folder: Path, prompts: np.ndarray) -> list[float]:
+    """Our sampler on random weights, which are left in `folder`: one turn of 32 tokens after each of `prompts`."""
+    config = _config()
+    start = pretrained.load("base", make_mesh(config.mesh))
+    params = start.model.init(jax.random.key(1), make_mesh(config.mesh))
     hf.save(folder, start.model.config, params, start.tokenizer)
-    batch = _TASKS * _GROUP
-    config = SamplerConfig(max_rows=batch, max_context_tokens=_PROMPT_TOKENS + _NEW_TOKENS, prefill_chunk_tokens=64)
-    sampler = JaxSampler(start.model, params, config, max_tokens=_NEW_TOKENS, stop_id=-1)
-    prompts = np.random.default_rng(0).integers(3, 300, (batch, _PROMPT_TOKENS)).astype(np.int32)
+    batch = len(prompts)
+    shape = config.sampler.model_copy(update={"max_context_tokens": _PROMPT_TOKENS + _NEW_TOKENS})
+    sampler = JaxSampler(start.model, params, shape, max_tokens=_NEW_TOKENS, stop_id=-1)
 
     async def once(number: int) -> float:
         names = [f"{number}/{row}" for row in range(batch)]
@@ -163,13 +165,13 @@ def _sampler_tokens_per_s(folder: Path) -> list[float]:
         return asyncio.run(run())
 
 
-def _transformers_tokens_per_s(folder: Path) -> dict[str, Any] | None:
-    """transformers' generate on the weights in `folder`; None where it is not installed."""
+def _transformers_tokens_per_s(folder: Path, prompts: np.ndarray) -> dict[str, Any] | None:
+    """transformers' generate on the weights in `folder`, same prompts; None where it is not installed."""
     python = os.environ.get(HF_PYTHON_VARIABLE, sys.executable)
-    sizes = map(str, (_TASKS * _GROUP, _PROMPT_TOKENS, _NEW_TOKENS, _REPEATS))
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-    command = [python, "-c", _TRANSFORMERS, str(folder), *sizes]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=folder)
+    command = [python, "-c", _TRANSFORMERS, str(folder), str(_NEW_TOKENS), str(_REPEATS)]
+    prompts_json = json.dumps(prompts.tolist())
+    done = subprocess.run(command, input=prompts_json, capture_output=True, text=True, env=environment, cwd=folder)
     return json.loads(done.stdout.splitlines()[-1]) if done.returncode == 0 else None
 
 

@@ -91,7 +91,10 @@ class BatchConfig(Section):
 
 
 class SamplerConfig(Section):
-    max_rows: PositiveInt = Field(default=128, description="trajectories decoded together")
+    max_rows: PositiveInt = Field(default=128, description="trajectories decoded together, over all lanes")
+    lanes: PositiveInt = Field(
+        default=1, description="batches decoded side by side: one per CPU core; 1 on an accelerator"
+    )
     max_context_tokens: PositiveInt = Field(description="columns of the KV cache")
     prefill_chunk_tokens: PositiveInt = Field(default=128, description="longest block appended in one program")
     max_wait_s: float | None = Field(

@@ -47,7 +47,7 @@ WITHOUT_JAX = (
     "jorch/synth/miniature.py",
     "tools_server/**/*.py",
 )
-WITH_JAX = {"checkpoint.py", "sharding.py", "quickstart.py", "bench.py", "jax_sampler.py"}
+WITH_JAX = {"checkpoint.py", "sharding.py", "quickstart.py", "bench.py", "jax_sampler.py", "row_batch.py"}
 """Of the files above, those that may import it after all."""
 
 HEAVY = {"torch", "transformers", "vllm", "tokamax", "mcp", "tensorboard", "tensorboardX", "tau2"}

@@ -6,12 +6,14 @@ when the columns run out. Letters: B rows, O appended tokens, S columns, K key-v
 V vocabulary.
 """
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from jorch.config import ModelConfig
+from jorch.model.layers import Block
 from jorch.model.transformer import Params, Qwen3, Transformer
 from kernels.attention.reference import dense_attention
 
@@ -49,7 +51,9 @@ def empty_cache(config: ModelConfig, num_rows: int, num_columns: int) -> Cache:
     )
 
 
-def append(module: Transformer, cache: Cache, token_ids_BO: jax.Array, ok_BO: jax.Array) -> Cache:
+def append(
+    module: Transformer, blocks: Sequence[Block], cache: Cache, token_ids_BO: jax.Array, ok_BO: jax.Array
+) -> Cache:
     """Append right-padded tokens; `ok` is False on padding. The slot moves on by the longest row."""
     positions_BO = cache.num_tokens[:, None] + jnp.cumsum(ok_BO, axis=1, dtype=jnp.int32) - 1
     valid = jax.lax.dynamic_update_slice(cache.valid, ok_BO, (0, cache.slot))
@@ -59,14 +63,14 @@ def append(module: Transformer, cache: Cache, token_ids_BO: jax.Array, ok_BO: ja
     x_BOD, rope = module.start(token_ids_BO, jnp.maximum(positions_BO, 0))
     scale = module.config.head_dim**-0.5
     keys, values = list(cache.k), list(cache.v)
-    for index in range(module.config.num_hidden_layers):
+    for index, block in enumerate(blocks):
 
         def attend(q_BONH: jax.Array, k_BOKH: jax.Array, v_BOKH: jax.Array, i: int = index) -> jax.Array:
             keys[i] = jax.lax.dynamic_update_slice(keys[i], k_BOKH.swapaxes(1, 2), (0, 0, cache.slot, 0))
             values[i] = jax.lax.dynamic_update_slice(values[i], v_BOKH.swapaxes(1, 2), (0, 0, cache.slot, 0))
             return dense_attention(q_BONH, keys[i], values[i], visible_BOS, scale)
 
-        x_BOD = module.layer(index, x_BOD, rope, attend)
+        x_BOD = block(x_BOD, rope, attend)
     num_new = jnp.sum(ok_BO, axis=1, dtype=jnp.int32)
     last_BD = jnp.take_along_axis(x_BOD, jnp.maximum(num_new - 1, 0)[:, None, None], axis=1)[:, 0]
     return Cache(
@@ -81,40 +85,40 @@ def append(module: Transformer, cache: Cache, token_ids_BO: jax.Array, ok_BO: ja
 
 def decode(
     module: Transformer,
+    blocks: Sequence[Block],
     cache: Cache,
-    active_B: jax.Array,
+    limit_B: jax.Array,
     keys_B: jax.Array,
     temperature: jax.Array,
     max_tokens: int,
     stop_id: int,
 ) -> tuple[Cache, Sampled]:
-    """Sample up to `max_tokens` tokens for every active row, until all have drawn `stop_id`.
+    """Sample tokens for every row until it has drawn `stop_id` or reached its limit.
 
     Args:
+        limit_B: i32[B], at most `max_tokens`; a row with limit 0 takes no part.
         keys_B: one PRNG key per row; a token's noise depends on its row's key and position only, not on the
             batch around it.
         temperature: f32[]; 0 takes the most probable token, with its log-probability at temperature 1.
     """
-    B = active_B.shape[0]
+    B = limit_B.shape[0]
 
     def draw(hidden_BD: jax.Array, positions_B: jax.Array) -> tuple[jax.Array, jax.Array]:
         logits_BV = module.logits(hidden_BD) / jnp.where(temperature > 0, temperature, 1.0)
-        logprobs_BV = jax.nn.log_softmax(logits_BV)
-
-        def noise(key: jax.Array, position: jax.Array) -> jax.Array:
-            return jax.random.gumbel(jax.random.fold_in(key, position), logits_BV.shape[1:])
-
-        noisy_BV = jax.lax.cond(
-            temperature > 0,
-            lambda: logprobs_BV + jax.vmap(noise)(keys_B, positions_B),
-            lambda: logprobs_BV,
+        logits_BV -= jnp.max(logits_BV, axis=-1, keepdims=True)
+        weights_BV = jnp.exp(logits_BV)
+        uniform_B = jax.vmap(lambda key, position: jax.random.uniform(jax.random.fold_in(key, position)))(
+            keys_B, positions_B
         )
-        token_B = jnp.argmax(noisy_BV, axis=-1).astype(jnp.int32)
-        return token_B, jnp.take_along_axis(logprobs_BV, token_B[:, None], axis=1)[:, 0]
+        token_B = jax.lax.cond(
+            temperature > 0, lambda: _invert_cdf(weights_BV, uniform_B), lambda: _first_maximum(logits_BV)
+        )
+        logit_B = jnp.take_along_axis(logits_BV, token_B[:, None], axis=1)[:, 0]
+        return token_B, logit_B - jnp.log(jnp.sum(weights_BV, axis=-1))
 
     def unfinished(carry: tuple) -> jax.Array:
-        index, _, active_B, _ = carry
-        return (index < max_tokens) & jnp.any(active_B)
+        _, _, active_B, _ = carry
+        return jnp.any(active_B)
 
     def one_token(carry: tuple) -> tuple:
         index, cache, active_B, (token_ids, logprobs, num_tokens) = carry
@@ -124,16 +128,33 @@ def decode(
             logprobs.at[:, index].set(jnp.where(active_B, logprob_B, 0.0)),
             num_tokens + active_B,
         )
-        cache = append(module, cache, token_B[:, None], active_B[:, None])
-        return index + 1, cache, active_B & (token_B != stop_id), sampled
+        cache = append(module, blocks, cache, token_B[:, None], active_B[:, None])
+        return index + 1, cache, active_B & (token_B != stop_id) & (index + 1 < limit_B), sampled
 
     empty = Sampled(
         jnp.zeros((B, max_tokens), jnp.int32),
         jnp.zeros((B, max_tokens), jnp.float32),
         jnp.zeros(B, jnp.int32),
     )
-    _, cache, _, sampled = jax.lax.while_loop(unfinished, one_token, (jnp.zeros((), jnp.int32), cache, active_B, empty))
+    start = (jnp.zeros((), jnp.int32), cache, limit_B > 0, empty)
+    _, cache, _, sampled = jax.lax.while_loop(unfinished, one_token, start)
     return cache, sampled
+
+
+def _invert_cdf(weights_BV: jax.Array, uniform_B: jax.Array) -> jax.Array:
+    """Tokens with probabilities proportional to `weights`: one uniform number a row, where Gumbel noise takes V.
+
+    The first index whose cumulative weight exceeds u x total; u < 1, so there is one and its weight is not 0.
+    """
+    cumulative_BV = jnp.cumsum(weights_BV, axis=-1)
+    threshold_B = uniform_B * cumulative_BV[:, -1]
+    return jnp.sum(cumulative_BV <= threshold_B[:, None], axis=-1, dtype=jnp.int32)
+
+
+def _first_maximum(logits_BV: jax.Array) -> jax.Array:
+    """argmax over logits whose maximum is 0, by a plain minimum: XLA's CPU code for argmax is not vectorised."""
+    V = logits_BV.shape[1]
+    return jnp.min(jnp.where(logits_BV == 0, jnp.arange(V, dtype=jnp.int32), V - 1), axis=-1)
 
 
 def take_rows(cache: Cache, rows: jax.Array) -> Cache:
@@ -158,18 +179,20 @@ def compact(cache: Cache) -> Cache:
 
 
 class Decoder:
-    """The jitted programs of one model, one per shape."""
+    """The jitted programs of one model, one per shape. `weights` come from `prepare`."""
 
     def __init__(self, model: Qwen3, max_tokens: int, stop_id: int) -> None:
-        def append_tokens(params: Params, cache: Cache, token_ids: jax.Array, ok: jax.Array) -> Cache:
-            return append(model.bind(params), cache, token_ids, ok)
+        def append_tokens(weights: Params, cache: Cache, token_ids: jax.Array, ok: jax.Array) -> Cache:
+            return append(*model.bind_unstacked(weights), cache, token_ids, ok)
 
         def decode_turn(
-            params: Params, cache: Cache, active: jax.Array, seeds: jax.Array, temperature: jax.Array
+            weights: Params, cache: Cache, limits: jax.Array, seeds: jax.Array, temperature: jax.Array
         ) -> tuple[Cache, Sampled]:
             keys = jax.vmap(jax.random.key)(seeds)
-            return decode(model.bind(params), cache, active, keys, temperature, max_tokens, stop_id)
+            return decode(*model.bind_unstacked(weights), cache, limits, keys, temperature, max_tokens, stop_id)
 
+        self.max_tokens = max_tokens
+        self.prepare = jax.jit(model.unstack)
         self.append = jax.jit(append_tokens, donate_argnums=1)
         self.decode = jax.jit(decode_turn, donate_argnums=1)
         self.take_rows = jax.jit(take_rows)
@@ -177,5 +200,5 @@ class Decoder:
 
     def num_programs(self) -> int:
         """How many shapes have been compiled: it must not grow after the first step."""
-        functions: tuple[Any, ...] = (self.append, self.decode, self.take_rows, self.compact)
+        functions: tuple[Any, ...] = (self.prepare, self.append, self.decode, self.take_rows, self.compact)
         return sum(function._cache_size() for function in functions)

@@ -14,7 +14,7 @@ from jax.sharding import Mesh
 
 from jorch.config import ModelConfig
 from jorch.model.attention import packed_attend
-from jorch.model.layers import Attend, Block, param, rms_norm, rope_tables
+from jorch.model.layers import Block, param, rms_norm, rope_tables
 from jorch.sharding import sharding
 
 Params = dict[str, Any]
@@ -75,11 +75,6 @@ class Transformer(nnx.Module):
         x_BTD, _ = jax.lax.scan(layer, x_BTD, stacked)
         return self.finish(x_BTD)
 
-    def layer(self, index: int, x_BTD: jax.Array, rope: Any, attend: Attend) -> jax.Array:
-        """One layer by its number: decoding unrolls, so that each layer's cache is an array of its own."""
-        graphdef, stacked = nnx.split(self.layers)
-        return nnx.merge(graphdef, jax.tree.map(lambda x: x[index], stacked))(x_BTD, rope, attend)
-
 
 class Qwen3:
     """Host-side handle of a model: initialisation, shardings, and binding of parameters."""
@@ -88,12 +83,33 @@ class Qwen3:
         self.config = config
         abstract = nnx.eval_shape(lambda: Transformer(config, rngs=nnx.Rngs(params=0)))
         self._graphdef, self._state = nnx.split(abstract)
+        self._block_graphdef, self._block_state = nnx.split(abstract.layers)
 
     def bind(self, params: Params) -> Transformer:
         """The module with these parameters; call it inside a traced function."""
         state = jax.tree.map(lambda x: x, self._state)
         nnx.replace_by_pure_dict(state, params)
         return nnx.merge(self._graphdef, state)
+
+    def unstack(self, params: Params) -> Params:
+        """The parameters as decoding takes them: in the compute dtype, "layers" a list with one dict a layer.
+
+        Decoding unrolls the layers, and slices of stacked weights would be copied for every token.
+        """
+        params = jax.tree.map(lambda x: x.astype(self.config.compute_dtype), params)
+        layers = [jax.tree.map(lambda x: x[i], params["layers"]) for i in range(self.config.num_hidden_layers)]  # noqa: B023
+        return params | {"layers": layers}
+
+    def bind_unstacked(self, params: Params) -> tuple[Transformer, list[Block]]:
+        """The module, its own layers unbound, and the layers of `unstack`ed parameters; for a traced function."""
+
+        def block(layer: Params) -> Block:
+            state = jax.tree.map(lambda x: x, self._block_state)
+            nnx.replace_by_pure_dict(state, layer)
+            return nnx.merge(self._block_graphdef, state)
+
+        module = self.bind({name: value for name, value in params.items() if name != "layers"})
+        return module, [block(layer) for layer in params["layers"]]
 
     def abstract_params(self) -> Params:
         """Shapes and dtypes of every parameter, without allocating any."""

@@ -33,6 +33,7 @@ class Rows:
     def __init__(self, model, params, qwen3_logits, num_rows=ROWS):
         self.model, self.params = model, params
         self.decoder = decoder_of(model)
+        self.weights = self.decoder.prepare(params)
         self.oracle = lambda token_ids: qwen3_logits(params, model.config, np.array(token_ids))
         self.cache = empty_cache(model.config, num_rows, COLUMNS)
         self.tokens: list[list[int]] = [[] for _ in range(num_rows)]
@@ -45,13 +46,13 @@ class Rows:
             token_ids[row, : len(block)] = block
             ok[row, : len(block)] = True
             self.tokens[row] += block
-        self.cache = self.decoder.append(self.params, self.cache, token_ids, ok)
+        self.cache = self.decoder.append(self.weights, self.cache, token_ids, ok)
 
     def decode(self, active, seeds=None, temperature=0.0):
         """Sampled tokens per row; they join the rows' own, and each was the likeliest if the temperature is 0."""
         seeds = np.zeros(len(active), np.uint32) if seeds is None else seeds
         self.cache, sampled = self.decoder.decode(
-            self.params, self.cache, np.array(active), seeds, np.float32(temperature)
+            self.weights, self.cache, np.where(active, MAX_TOKENS, 0).astype(np.int32), seeds, np.float32(temperature)
         )
         token_ids, logprobs, counts = map(np.asarray, sampled)
         for row, is_active in enumerate(active):
@@ -151,7 +152,9 @@ def test_frequencies_follow_the_softmax(temperature, tiny, qwen3_logits):
     for batch in range(4):
         seeds = np.arange(batch * num_rows, (batch + 1) * num_rows, dtype=np.uint32)
         cache = jax.tree.map(jnp.copy, rows.cache)  # decode donates it
-        _, sampled = rows.decoder.decode(params, cache, np.ones(num_rows, bool), seeds, np.float32(temperature))
+        _, sampled = rows.decoder.decode(
+            rows.weights, cache, np.ones(num_rows, np.int32), seeds, np.float32(temperature)
+        )
         counts += np.bincount(np.asarray(sampled.token_ids)[:, 0], minlength=64)
     logprobs = log_softmax(rows.oracle([1, 2, 3])[-1] / temperature)
     expected = counts.sum() * np.exp(logprobs)

@@ -14,6 +14,7 @@ import pytest
 from jorch.config import MeshConfig, SamplerConfig
 from jorch.data.packing import pack
 from jorch.rollout.jax_sampler import JaxSampler
+from jorch.rollout.row_batch import RowBatch
 from jorch.sharding import make_mesh
 from jorch.train.step import make_logprobs_fn
 from jorch.types import Completion, CompletionRequest, Sample
@@ -163,11 +164,11 @@ def test_logprobs_equal_the_trainers_on_the_packed_samples(make_sampler, tiny):
     np.testing.assert_allclose(trained[where], batch.sampler_logprobs[where], rtol=0, atol=1e-4)
 
 
-def test_no_program_is_compiled_for_shapes_that_were_there_before(make_sampler):
+def test_no_program_is_compiled_for_shapes_that_were_there_before(make_sampler, tiny):
     sampler = make_sampler()
     play_all(sampler, scripts(40, siblings=4), 1.0)
     warm = sampler.decoder.num_programs()
-    sampler.publish(jax.tree.map(lambda x: x * 1.01, sampler.params), 1)
+    sampler.publish(jax.tree.map(lambda x: x * 1.01, tiny[1]), 1)
     played = play_all(sampler, scripts(40, siblings=4), 1.0)
     assert sampler.decoder.num_programs() == warm
     assert {c.policy_version for turns in played.values() for _, c in turns} == {1}
@@ -224,7 +225,7 @@ def test_who_asks_during_a_wave_waits_for_max_wait_s_only(make_sampler, check):
     async def run():
         sampler.expect(["slow", "fast"])
         fast = asyncio.create_task(sampler.complete(CompletionRequest("fast", np.int32([1, 2]), MAX_TOKENS, 0.0, 1)))
-        while sampler._wave is None:
+        while sampler.stats.waves == 0 and not sampler.stats._running:
             await asyncio.sleep(0.01)
         async with asyncio.timeout(120):
             slow = await play(sampler, made[0], 0.0)
@@ -295,7 +296,7 @@ def test_a_failure_reaches_everybody_who_waits(make_sampler, monkeypatch):
     def fail(*_):
         raise MemoryError("out of memory")
 
-    monkeypatch.setattr(sampler, "_decode", fail)
+    monkeypatch.setattr(RowBatch, "decode", fail)
 
     async def run():
         sampler.expect(["a", "b"])
@@ -306,7 +307,7 @@ def test_a_failure_reaches_everybody_who_waits(make_sampler, monkeypatch):
     assert [type(error) for error in asyncio.run(run())] == [MemoryError, MemoryError]
 
 
-def test_what_breaks_the_contract_is_our_own_mistake(make_sampler):
+def test_what_breaks_the_contract_is_our_own_mistake(make_sampler, tiny):
     sampler = make_sampler()
 
     async def ask(tokens):
@@ -321,5 +322,5 @@ def test_what_breaks_the_contract_is_our_own_mistake(make_sampler):
     with pytest.raises(AssertionError, match="must extend"):
         asyncio.run(rewrite_the_past())
     with pytest.raises(AssertionError, match="weights change only between generations"):
-        sampler.publish(sampler.params, 1)
+        sampler.publish(tiny[1], 1)
     sampler.release("a")
