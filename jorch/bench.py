@@ -139,7 +139,8 @@ def _sampler_tokens_per_s(folder: Path, prompts: np.ndarray) -> list[float]:
     params = start.model.init(jax.random.key(1), make_mesh(config.mesh))
     hf.save(folder, start.model.config, params, start.tokenizer)
     batch = len(prompts)
-    shape = config.sampler.model_copy(update={"max_context_tokens": _PROMPT_TOKENS + _NEW_TOKENS})
+    sizes = {"max_context_tokens": _PROMPT_TOKENS + _NEW_TOKENS, "prefill_chunk_tokens": _PROMPT_TOKENS}
+    shape = config.sampler.model_copy(update=sizes)
     sampler = JaxSampler(start.model, params, shape, max_tokens=_NEW_TOKENS, stop_id=-1)
 
     async def once(number: int) -> float:

@@ -7,6 +7,7 @@ V vocabulary.
 """
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -21,8 +22,8 @@ from kernels.attention.reference import dense_attention
 class Cache(NamedTuple):
     """Keys and values of all rows (a pytree), and where the next block goes."""
 
-    k: tuple[jax.Array, ...]  # per layer [B, K, S, H]
-    v: tuple[jax.Array, ...]
+    k: tuple[jax.Array, ...]  # per layer [B, K, H, S]: scores are then sums of whole rows of columns
+    v: tuple[jax.Array, ...]  # per layer [B, K, S, H]
     valid: jax.Array  # bool[B, S]
     num_tokens: jax.Array  # i32[B], the next token's position
     slot: jax.Array  # i32[], the next free column
@@ -39,11 +40,11 @@ class Sampled(NamedTuple):
 
 def empty_cache(config: ModelConfig, num_rows: int, num_columns: int) -> Cache:
     """A cache without tokens."""
-    shape = (num_rows, config.num_key_value_heads, num_columns, config.head_dim)
+    B, K, S, H = num_rows, config.num_key_value_heads, num_columns, config.head_dim
     layers = range(config.num_hidden_layers)
     return Cache(
-        k=tuple(jnp.zeros(shape, config.compute_dtype) for _ in layers),
-        v=tuple(jnp.zeros(shape, config.compute_dtype) for _ in layers),
+        k=tuple(jnp.zeros((B, K, H, S), config.compute_dtype) for _ in layers),
+        v=tuple(jnp.zeros((B, K, S, H), config.compute_dtype) for _ in layers),
         valid=jnp.zeros((num_rows, num_columns), bool),
         num_tokens=jnp.zeros(num_rows, jnp.int32),
         slot=jnp.zeros((), jnp.int32),
@@ -66,9 +67,9 @@ def append(
     for index, block in enumerate(blocks):
 
         def attend(q_BONH: jax.Array, k_BOKH: jax.Array, v_BOKH: jax.Array, i: int = index) -> jax.Array:
-            keys[i] = jax.lax.dynamic_update_slice(keys[i], k_BOKH.swapaxes(1, 2), (0, 0, cache.slot, 0))
+            keys[i] = jax.lax.dynamic_update_slice(keys[i], k_BOKH.transpose(0, 2, 3, 1), (0, 0, 0, cache.slot))
             values[i] = jax.lax.dynamic_update_slice(values[i], v_BOKH.swapaxes(1, 2), (0, 0, cache.slot, 0))
-            return dense_attention(q_BONH, keys[i], values[i], visible_BOS, scale)
+            return dense_attention(q_BONH, keys[i].swapaxes(2, 3), values[i], visible_BOS, scale)
 
         x_BOD = block(x_BOD, rope, attend)
     num_new = jnp.sum(ok_BO, axis=1, dtype=jnp.int32)
@@ -102,14 +103,12 @@ def decode(
         temperature: f32[]; 0 takes the most probable token, with its log-probability at temperature 1.
     """
     B = limit_B.shape[0]
+    uniform_BN = _uniform(keys_B, cache.num_tokens, max_tokens)
 
-    def draw(hidden_BD: jax.Array, positions_B: jax.Array) -> tuple[jax.Array, jax.Array]:
+    def draw(hidden_BD: jax.Array, uniform_B: jax.Array) -> tuple[jax.Array, jax.Array]:
         logits_BV = module.logits(hidden_BD) / jnp.where(temperature > 0, temperature, 1.0)
         logits_BV -= jnp.max(logits_BV, axis=-1, keepdims=True)
         weights_BV = jnp.exp(logits_BV)
-        uniform_B = jax.vmap(lambda key, position: jax.random.uniform(jax.random.fold_in(key, position)))(
-            keys_B, positions_B
-        )
         token_B = jax.lax.cond(
             temperature > 0, lambda: _invert_cdf(weights_BV, uniform_B), lambda: _first_maximum(logits_BV)
         )
@@ -122,7 +121,7 @@ def decode(
 
     def one_token(carry: tuple) -> tuple:
         index, cache, active_B, (token_ids, logprobs, num_tokens) = carry
-        token_B, logprob_B = draw(cache.hidden_BD, cache.num_tokens)
+        token_B, logprob_B = draw(cache.hidden_BD, uniform_BN[:, index])
         sampled = Sampled(
             token_ids.at[:, index].set(jnp.where(active_B, token_B, 0)),
             logprobs.at[:, index].set(jnp.where(active_B, logprob_B, 0.0)),
@@ -139,6 +138,16 @@ def decode(
     start = (jnp.zeros((), jnp.int32), cache, limit_B > 0, empty)
     _, cache, _, sampled = jax.lax.while_loop(unfinished, one_token, start)
     return cache, sampled
+
+
+def _uniform(keys_B: jax.Array, first_position_B: jax.Array, num: int) -> jax.Array:
+    """f32[B, num] in [0, 1): the noise of each row's next positions."""
+
+    def of(key: jax.Array, position: jax.Array) -> jax.Array:
+        return jax.random.uniform(jax.random.fold_in(key, position))
+
+    positions_BN = first_position_B[:, None] + jnp.arange(num)
+    return jax.vmap(jax.vmap(of, in_axes=(None, 0)))(keys_B, positions_BN)
 
 
 def _invert_cdf(weights_BV: jax.Array, uniform_B: jax.Array) -> jax.Array:
@@ -163,18 +172,20 @@ def take_rows(cache: Cache, rows: jax.Array) -> Cache:
     return jax.tree.map(lambda x: x[rows] if x.ndim else x, everything)._replace(slot=cache.slot)
 
 
-def compact(cache: Cache) -> Cache:
-    """Move every row's valid columns to the front, so that the slot is the longest row's length."""
-    order = jnp.argsort(~cache.valid, axis=1, stable=True)
+def compact(cache: Cache, longest: jax.Array) -> Cache:
+    """Move every row's valid columns to the front, so that the slot is the longest row's length.
 
-    def move(x_BKSH: jax.Array) -> jax.Array:
-        return jnp.take_along_axis(x_BKSH, order[:, None, :, None], axis=2)
-
+    Rows of more than `longest` tokens have ended and are emptied.
+    """
+    kept_B = cache.num_tokens <= longest
+    valid = cache.valid & kept_B[:, None]
+    order = jnp.argsort(~valid, axis=1, stable=True)
     return cache._replace(
-        k=tuple(move(x) for x in cache.k),
-        v=tuple(move(x) for x in cache.v),
-        valid=jnp.take_along_axis(cache.valid, order, axis=1),
-        slot=jnp.max(cache.num_tokens),
+        k=tuple(jnp.take_along_axis(x, order[:, None, None, :], axis=3) for x in cache.k),
+        v=tuple(jnp.take_along_axis(x, order[:, None, :, None], axis=2) for x in cache.v),
+        valid=jnp.take_along_axis(valid, order, axis=1),
+        num_tokens=jnp.where(kept_B, cache.num_tokens, 0),
+        slot=jnp.max(cache.num_tokens, where=kept_B, initial=0),
     )
 
 
@@ -193,6 +204,7 @@ class Decoder:
 
         self.max_tokens = max_tokens
         self.prepare = jax.jit(model.unstack)
+        self.empty = jax.jit(partial(empty_cache, model.config), static_argnums=(0, 1))
         self.append = jax.jit(append_tokens, donate_argnums=1)
         self.decode = jax.jit(decode_turn, donate_argnums=1)
         self.take_rows = jax.jit(take_rows)
@@ -200,5 +212,5 @@ class Decoder:
 
     def num_programs(self) -> int:
         """How many shapes have been compiled: it must not grow after the first step."""
-        functions: tuple[Any, ...] = (self.prepare, self.append, self.decode, self.take_rows, self.compact)
+        functions: tuple[Any, ...] = (self.prepare, self.empty, self.append, self.decode, self.take_rows, self.compact)
         return sum(function._cache_size() for function in functions)

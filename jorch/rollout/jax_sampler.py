@@ -100,9 +100,10 @@ class JaxSampler:
             lane.advance()
 
     async def complete(self, request: CompletionRequest) -> Completion:
-        assert len(request.prompt_token_ids) + request.max_tokens <= self.max_context_tokens, (
-            f"{len(request.prompt_token_ids)} prompt tokens + {request.max_tokens} exceed the context"
+        assert len(request.prompt_token_ids) + self.max_tokens <= self.max_context_tokens, (
+            f"{len(request.prompt_token_ids)} prompt tokens + {self.max_tokens} exceed the context"
         )
+        assert request.max_tokens <= self.max_tokens
         lane = self._lane_of.get(request.trajectory_id)
         if lane is None:
             lane = min(self._lanes, key=lambda lane: len(lane.rows) + len(lane.waiting))
@@ -121,7 +122,6 @@ class JaxSampler:
     def _new_batch(self) -> RowBatch:
         return RowBatch(
             self.decoder,
-            self.model.config,
             max_rows=self.lane_rows,
             max_context_tokens=self.max_context_tokens,
             chunk_tokens=self.config.prefill_chunk_tokens,

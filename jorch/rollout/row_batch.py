@@ -1,7 +1,7 @@
 """Rows of trajectories on the device: one KV cache, its free columns, and the rows in it. No scheduling happens here.
 
-The cache has as many columns as the context bound plus one completion. Appends and completions of ragged rows use up
-columns faster than any row grows; when they run out the cache is compacted.
+The cache has as many columns as the context bound. Appends and completions of ragged rows use up columns faster than
+any row grows; when they run out the cache is compacted.
 """
 
 from collections.abc import Mapping, Sequence
@@ -9,8 +9,7 @@ from collections.abc import Mapping, Sequence
 import jax
 import numpy as np
 
-from jorch.config import ModelConfig
-from jorch.model.decode import Cache, Decoder, empty_cache
+from jorch.model.decode import Cache, Decoder
 from jorch.model.transformer import Params
 
 _SHRINK = 4
@@ -21,15 +20,12 @@ _MIN_ROWS = 8
 class RowBatch:
     """Between one and `max_rows` rows that are decoded together; `prefill` begins anew."""
 
-    def __init__(
-        self, decoder: Decoder, model: ModelConfig, *, max_rows: int, max_context_tokens: int, chunk_tokens: int
-    ) -> None:
+    def __init__(self, decoder: Decoder, *, max_rows: int, max_context_tokens: int, chunk_tokens: int) -> None:
         """`chunk_tokens` is the longest block appended in one program."""
         self._decoder = decoder
-        self._model = model
         self._max_rows = max_rows
         self._chunk = chunk_tokens
-        self._num_columns = max_context_tokens + decoder.max_tokens
+        self._num_columns = max_context_tokens
         self._cache: Cache | None = None
         self._num_rows = 0
         self._slot = 0  # the cache's own, known without waiting for the device
@@ -46,7 +42,7 @@ class RowBatch:
         width = min(_power_of_two(append_tokens), self._chunk)
         sizes = sorted({self._bucket(n) for n in range(1, self._max_rows + 1)}, reverse=True)
         for number, size in enumerate(sizes):
-            cache = empty_cache(self._model, size, self._num_columns)
+            cache = self._decoder.empty(size, self._num_columns)
             nothing = np.zeros((size, width), np.int32)
             for _ in range(2):  # a cache that a program returned is placed otherwise than an empty one: another program
                 cache = self._decoder.append(weights, cache, nothing, nothing > 0)
@@ -64,7 +60,7 @@ class RowBatch:
         source[: len(prompts)] = [numbers[b"" if prompt is None else prompt.tobytes()] for prompt in prompts]
         self._num_rows = _power_of_two(len(numbers))
         self._slot = 0
-        self._cache = empty_cache(self._model, self._num_rows, self._num_columns)
+        self._cache = self._decoder.empty(self._num_rows, self._num_columns)
         self.append(weights, {number: np.frombuffer(key, np.int32) for key, number in numbers.items()})
         self._cache = self._decoder.take_rows(self._cache, source)
         self._num_rows = len(source)
@@ -112,7 +108,9 @@ class RowBatch:
     def _make_room(self, wanted: int) -> int:
         """Free columns for the next block: `wanted`, or the largest power of two that a compacted cache has left."""
         if self._slot + wanted > self._num_columns:
-            cache: Cache = self._decoder.compact(self._cache)
+            # A row within a completion of the bound can be asked nothing more.
+            longest = np.int32(self._num_columns - self._decoder.max_tokens)
+            cache: Cache = self._decoder.compact(self._cache, longest)
             self._cache, self._slot = cache, int(cache.slot)
         free = self._num_columns - self._slot
         assert free >= min(wanted, self._decoder.max_tokens), "the context bound keeps rows within the cache"

@@ -33,6 +33,6 @@ def dense_attention(
     top = jnp.maximum(jnp.max(scores, axis=-1, keepdims=True), jnp.finfo(jnp.float32).min)
     weights = jnp.exp(scores - jax.lax.stop_gradient(top))
     total = jnp.sum(weights, axis=-1, keepdims=True)
-    weights = weights / jnp.where(total == 0, 1.0, total)
-    o_BKQH = jnp.einsum("bkqs,bksh->bkqh", weights.astype(v_BKSH.dtype), v_BKSH)
+    o_BKQH = jnp.einsum("bkqs,bksh->bkqh", weights.astype(v_BKSH.dtype), v_BKSH, preferred_element_type=jnp.float32)
+    o_BKQH = (o_BKQH / jnp.where(total == 0, 1.0, total)).astype(v_BKSH.dtype)
     return o_BKQH.reshape(B, K, G, T, H).transpose(0, 3, 1, 2, 4).reshape(B, T, N, H)

@@ -74,7 +74,7 @@ class Rows:
         np.testing.assert_allclose(logprobs, expected, rtol=0, atol=ATOL)
 
     def compact(self):
-        self.cache = self.decoder.compact(self.cache)
+        self.cache = self.decoder.compact(self.cache, np.int32(COLUMNS))
         assert int(self.cache.slot) == max(map(len, self.tokens))
 
     def take(self, rows):

@@ -4,6 +4,8 @@ A trajectory here is a prompt and a list of observations; after each completion 
 """
 
 import asyncio
+import dataclasses
+import time
 import zlib
 from dataclasses import dataclass
 
@@ -13,7 +15,7 @@ import pytest
 
 from jorch.config import MeshConfig, SamplerConfig
 from jorch.data.packing import pack
-from jorch.rollout.jax_sampler import JaxSampler
+from jorch.rollout.jax_sampler import JaxSampler, SamplerStats
 from jorch.rollout.row_batch import RowBatch
 from jorch.sharding import make_mesh
 from jorch.train.step import make_logprobs_fn
@@ -120,10 +122,10 @@ def check(tiny, qwen3_logits):
     return check_turns
 
 
-@pytest.mark.parametrize("temperature", [0.0, 1.0])
-def test_a_cache_kept_over_turns_equals_none(temperature, make_sampler, check):
+@pytest.mark.parametrize(("temperature", "lanes"), [(0.0, 1), (1.0, 1), (1.0, 3)])
+def test_a_cache_kept_over_turns_equals_none(temperature, lanes, make_sampler, check):
     """40 trajectories in two generations: rows end at different turns, batches shrink, columns are compacted."""
-    sampler = make_sampler()
+    sampler = make_sampler(lanes=lanes)
     made = scripts(40, siblings=4)
     played = play_all(sampler, made, temperature)
     for turns in played.values():
@@ -142,6 +144,9 @@ def test_sampled_tokens_do_not_depend_on_the_batch(make_sampler):
             for (_, completion), (_, expected) in zip(turns, together[name], strict=True):
                 np.testing.assert_array_equal(completion.token_ids, expected.token_ids)
                 np.testing.assert_allclose(completion.logprobs, expected.logprobs, rtol=0, atol=ATOL)
+    for name, turns in play_all(make_sampler(lanes=3), made, 1.0).items():
+        for (_, completion), (_, expected) in zip(turns, together[name], strict=True):
+            np.testing.assert_array_equal(completion.token_ids, expected.token_ids)
     siblings = [tuple(c.token_ids.tolist() for _, c in together[f"t{i}"]) for i in range(4)]
     assert len(set(map(str, siblings))) > 1, "siblings of one prompt draw different tokens"
 
@@ -254,6 +259,49 @@ def test_without_max_wait_s_everybody_is_waited_for(make_sampler):
 
     assert asyncio.run(run())
     assert sampler.stats.waves == 1
+
+
+def test_a_lane_goes_on_while_another_waits(make_sampler):
+    """One lane's tool calls take their time beside the other's decoding."""
+    sampler = make_sampler(lanes=2)
+    made = [Script(f"t{i}", (i, 1, 2), ((3, 4), (5,))) for i in range(6)]
+
+    async def run():
+        late = asyncio.Event()
+        sampler.expect([script.name for script in made])
+        waiting = asyncio.create_task(play(sampler, dataclasses.replace(made[0], slow_turn=1), 0.0, late))
+        others = [asyncio.create_task(play(sampler, script, 0.0)) for script in made[1:]]
+        async with asyncio.timeout(120):
+            await asyncio.gather(*others[2:])
+            held_up = [task.done() for task in (waiting, *others[:2])]
+            late.set()
+            await asyncio.gather(waiting, *others)
+        return held_up
+
+    assert asyncio.run(run()) == [False] * 3
+    assert sampler.stats.waves == 6
+
+
+def test_the_same_run_makes_the_same_batches(make_sampler):
+    """So many lanes, so many threads: no bit of a log-probability depends on which was faster."""
+    made = scripts(40, siblings=4, seed=5)
+    first, second = (play_all(make_sampler(lanes=3), made, 1.0) for _ in range(2))
+    for name, turns in first.items():
+        for (_, completion), (_, expected) in zip(turns, second[name], strict=True):
+            np.testing.assert_array_equal(completion.logprobs, expected.logprobs)
+
+
+def test_busy_time_is_counted_once_for_lanes_side_by_side():
+    stats = SamplerStats()
+    began = time.perf_counter()
+    with stats.wave():
+        time.sleep(0.02)
+        with stats.wave():
+            time.sleep(0.02)
+    time.sleep(0.05)
+    with stats.wave():
+        time.sleep(0.02)
+    assert 0.06 <= stats.busy_s <= time.perf_counter() - began - 0.05
 
 
 def test_rows_that_leave_without_asking_leave_no_gap(make_sampler, check):
