@@ -110,6 +110,6 @@ def test_a_server_dies_with_a_parent_that_is_killed(parent):
 def test_ctrl_c_leaves_the_server_up_until_the_parent_ends(parent):
     process, url = parent
     os.killpg(process.pid, signal.SIGINT)
-    out, _ = process.communicate(timeout=30)
+    out, _ = process.communicate(timeout=120)
     assert (out, process.returncode) == ("200\n", 0)
     assert not is_up(url)

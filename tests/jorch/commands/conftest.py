@@ -149,7 +149,8 @@ def world(tmp_path: Path) -> Path:
 
 def write_world(folder: Path) -> None:
     miniature.write_jsonl(folder / "tasks.jsonl", miniature.tasks(MiniatureConfig(num_train=16), "train", 0))
-    server = {"experts": miniature.catalogue(), "seed": 0}
+    # Calls take a little time, so that a signal meant for one step does not meet the next one.
+    server = {"experts": miniature.catalogue(), "seed": 0, "time_scale": 0.02}
     (folder / "server.yaml").write_text(yaml.safe_dump(server))
     for name, text in (("rl", RL), ("eval", EVAL), ("sft", SFT)):
         (folder / f"{name}.yaml").write_text(f"out: {name}{text}")
