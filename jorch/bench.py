@@ -41,7 +41,7 @@ from jorch.types import CompletionRequest
 from jorch.versions import versions
 
 _TASKS, _GROUP = 16, 8
-_NEW_TOKENS, _PROMPT_TOKENS, _REPEATS = 32, 48, 5
+_NEW_TOKENS, _PROMPT_TOKENS, _REPEATS = 32, 48, 15
 _COMPILE_EVENT = "/jax/core/compile/backend_compile_duration"
 HF_PYTHON_VARIABLE = "JORCH_HF_PYTHON"
 """An interpreter with torch and transformers, where this one has none."""
