@@ -144,9 +144,11 @@ def test_sampled_tokens_do_not_depend_on_the_batch(make_sampler):
             for (_, completion), (_, expected) in zip(turns, together[name], strict=True):
                 np.testing.assert_array_equal(completion.token_ids, expected.token_ids)
                 np.testing.assert_allclose(completion.logprobs, expected.logprobs, rtol=0, atol=ATOL)
-    for name, turns in play_all(make_sampler(lanes=3), made, 1.0).items():
-        for (_, completion), (_, expected) in zip(turns, together[name], strict=True):
+    in_lanes, again = (play_all(make_sampler(lanes=3), made, 1.0) for _ in range(2))
+    for name, turns in in_lanes.items():
+        for (_, completion), (_, expected), (_, same) in zip(turns, together[name], again[name], strict=True):
             np.testing.assert_array_equal(completion.token_ids, expected.token_ids)
+            np.testing.assert_array_equal(completion.logprobs, same.logprobs)  # whichever lane was faster
     siblings = [tuple(c.token_ids.tolist() for _, c in together[f"t{i}"]) for i in range(4)]
     assert len(set(map(str, siblings))) > 1, "siblings of one prompt draw different tokens"
 
@@ -280,15 +282,6 @@ def test_a_lane_goes_on_while_another_waits(make_sampler):
 
     assert asyncio.run(run()) == [False] * 3
     assert sampler.stats.waves == 6
-
-
-def test_the_same_run_makes_the_same_batches(make_sampler):
-    """So many lanes, so many threads: no bit of a log-probability depends on which was faster."""
-    made = scripts(40, siblings=4, seed=5)
-    first, second = (play_all(make_sampler(lanes=3), made, 1.0) for _ in range(2))
-    for name, turns in first.items():
-        for (_, completion), (_, expected) in zip(turns, second[name], strict=True):
-            np.testing.assert_array_equal(completion.logprobs, expected.logprobs)
 
 
 def test_busy_time_is_counted_once_for_lanes_side_by_side():
