@@ -21,6 +21,7 @@ ABOUT = {
     "eval": "play tasks with a policy and report",
     "export": "write a run's model as Hugging Face safetensors with its tokenizer",
     "tools-server": "serve tools, experts and environments over HTTP",
+    "serve": "serve an exported model with vLLM, checked against the trainer's own numbers",
     "bench": "measure where the time of a training step goes",
 }
 RESUMABLE = ("sft", "rl")
@@ -38,6 +39,8 @@ def parse(argv: list[str]) -> tuple[str, Any, argparse.Namespace]:
     top.add_argument("command", choices=ABOUT, metavar="COMMAND", help="one of the above")
     top.parse_args(argv[:1])
     command, rest = argv[0], argv[1:]
+    if command == "serve":
+        return command, None, _parse_serve(rest)
     if command in ("export", "bench"):
         return command, None, _plain_parser(command).parse_args(rest)
     model = _model(command)
@@ -79,6 +82,37 @@ def _plain_parser(command: str) -> argparse.ArgumentParser:
     return parser
 
 
+def _parse_serve(words: list[str]) -> argparse.Namespace:
+    """What follows `--` is vLLM's own."""
+    cut = words.index("--") if "--" in words else len(words)
+    parser = _Parser(
+        prog="jorch serve",
+        usage="jorch serve DIR [options] [-- VLLM_OPTION ...]",
+        description=f"{ABOUT['serve']}. Options after -- go to `vllm serve` as they are.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.set_defaults(dry_run=False, further=words[cut + 1 :])
+    parser.add_argument("folder", type=Path, metavar="DIR", help="as `jorch export` writes it")
+    parser.add_argument("--rl", action="store_true", help="token endpoint and weight updates; loopback only")
+    parser.add_argument("--vllm", metavar="PATH", help="the vllm executable (else $JORCH_VLLM, else the PATH's)")
+    parser.add_argument("--host", default="127.0.0.1", help="address to listen on")
+    parser.add_argument("--port", type=int, default=8100, help="port to listen on, 0 = a free one")
+    parser.add_argument(
+        "--dtype", choices=("float32", "bfloat16"), default="bfloat16", help="of weights and activations"
+    )
+    parser.add_argument("--max-context-tokens", type=int, default=4096, help="tokens of prompt and completion")
+    parser.add_argument("--max-rows", type=int, default=64, help="requests decoded together")
+    parser.add_argument(
+        "--kv-cache-bytes", type=int, help="memory of the KV cache (else 256 MiB on a CPU, or vLLM's choice)"
+    )
+    parser.add_argument(
+        "--start-timeout", type=float, default=600.0, metavar="S", help="seconds until it must be ready"
+    )
+    parser.add_argument("--log", type=Path, default=Path("vllm.log"), metavar="FILE", help="vLLM's output, appended")
+    return parser.parse_args(words[:cut])
+
+
 def _config_parser(command: str, model: type[BaseModel]) -> argparse.ArgumentParser:
     overrides = "[options]" if command == "tools-server" else "[KEY=VALUE ...] [options]"
     path = "[CONFIG.yaml]" if command == "quickstart" else "CONFIG.yaml"
@@ -104,6 +138,7 @@ def _config_parser(command: str, model: type[BaseModel]) -> argparse.ArgumentPar
         parser.add_argument("--out", metavar="DIR", help="run folder (key out)")
         parser.add_argument("--seed", type=int, metavar="N", help="of every random choice (key seed)")
         parser.add_argument("--from-scratch", action="store_true", help="train the base first")
+        parser.add_argument("--sampler", choices=("jax", "vllm"), help="who samples: this process, or a vLLM server")
     return parser
 
 
@@ -122,6 +157,8 @@ def _positionals(command: str, options: argparse.Namespace) -> tuple[Path, list[
         raise ValueError(f"no config: write `jorch {command} CONFIG.yaml`; examples are in {config_io.configs_dir()}")
     if overrides and command == "tools-server":
         raise ValueError(f"got '{overrides[0]}'; only --host and --port can be set outside of {path}")
+    if getattr(options, "sampler", None) == "vllm":
+        overrides.append("rl.sampler.vllm={}")
     for key in ("out", "seed", "host", "port"):
         value = getattr(options, key, None)
         if value is not None:

@@ -32,9 +32,11 @@ from jorch.metrics import stage
 from jorch.rl import loop
 from jorch.rollout.driver import Driver
 from jorch.rollout.jax_sampler import JaxSampler
+from jorch.rollout.sampler import Sampler
 from jorch.rollout.server_process import start_tool_server
 from jorch.rollout.tool_client import ToolClient
 from jorch.run_folder import atomic_write
+from jorch.serving.samplers import make_sampler
 from jorch.sharding import make_mesh
 from jorch.synth import miniature
 from jorch.types import CompletionRequest
@@ -88,7 +90,7 @@ def _measure_steps(folder: Path, num_steps: int) -> tuple[list[dict[str, float]]
     start = pretrained.load("base", make_mesh(config.mesh))
     learner = loop.make_learner(config, make_mesh(config.mesh), start)
 
-    async def run(url: str, sampler: JaxSampler) -> tuple[list[dict[str, float]], list[int]]:
+    async def run(url: str, sampler: Sampler) -> tuple[list[dict[str, float]], list[int]]:
         steps, programs = [], []
         stream = TaskStream(tasks, config.tasks_per_step, config.seed)
         async with ToolClient(url, timeout_s=30, retries=3) as tools:
@@ -105,7 +107,7 @@ def _measure_steps(folder: Path, num_steps: int) -> tuple[list[dict[str, float]]
         return steps, programs
 
     with start_tool_server(server_config, folder / "server.log") as url:
-        with closing(loop.make_sampler(config, start)) as sampler:
+        with closing(make_sampler(config.sampler, config.rollout, start, folder)) as sampler:
             return asyncio.run(run(url, sampler))
 
 

@@ -40,6 +40,7 @@ STAGES = {
     "rl": "jorch.rl.loop",
     "eval": "jorch.evals.harness",
     "export": "jorch.export.checkpoint",
+    "serve": "jorch.serving.vllm",
     "bench": "jorch.bench",
 }
 """What takes seconds to import, jax above all."""
@@ -78,6 +79,10 @@ def main(argv: Sequence[str] | None = None) -> int:
                 from jorch.export import checkpoint
 
                 checkpoint.run(options.source, options.out)
+            case "serve":
+                from jorch.serving import vllm
+
+                vllm.serve(vllm.options(options), options.log)
             case "bench":
                 from jorch import bench
 

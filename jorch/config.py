@@ -90,6 +90,19 @@ class BatchConfig(Section):
     micro_rows: PositiveInt = Field(description="B, rows of a micro-batch, over all devices")
 
 
+class VllmConfig(Section):
+    """Servers started by `jorch serve DIR --rl`, or one of the run's own."""
+
+    urls: tuple[str, ...] = Field(
+        default=(), description="http://HOST:PORT of each server; none = start one ($JORCH_VLLM, or vllm on PATH)"
+    )
+    weights_dir: str | None = Field(
+        default=None, description="folder for new weights that all servers can read; null = OUT/weights"
+    )
+    dtype: Literal["float32", "bfloat16"] = Field(default="float32", description="in which the servers compute")
+    request_timeout_s: PositiveFloat = Field(default=600.0, description="of one completion, retries included")
+
+
 class SamplerConfig(Section):
     max_rows: PositiveInt = Field(default=128, description="trajectories decoded together, over all lanes")
     lanes: PositiveInt = Field(
@@ -101,6 +114,7 @@ class SamplerConfig(Section):
         default=None,
         description="decode without stragglers after this many seconds; null = wait for all (reproducible)",
     )
+    vllm: VllmConfig | None = Field(default=None, description="sample with vLLM servers instead of in this process")
 
 
 class RolloutConfig(Section):

@@ -22,10 +22,11 @@ from jorch.export import pretrained
 from jorch.metrics import stage
 from jorch.rl import loop
 from jorch.rollout.driver import Driver
-from jorch.rollout.jax_sampler import JaxSampler
+from jorch.rollout.sampler import Sampler
 from jorch.rollout.server_process import start_tool_server
 from jorch.rollout.tool_client import ToolClient
 from jorch.run_folder import atomic_write, naming, open_run_folder
+from jorch.serving.samplers import make_sampler
 from jorch.sharding import make_mesh
 from jorch.synth import miniature, sft
 from jorch.types import Task
@@ -62,7 +63,7 @@ def _work(config: QuickstartConfig, folder: Path, summary: "Summary", *, own_bas
     with start_tool_server(server_config, folder / "tools_server.log") as url:
         print(f"{'tool server':<24}{url}  {len(miniature.catalogue())} simulated experts", flush=True)
         rl = _rl_config(config, folder, init_from, url)
-        with closing(loop.make_sampler(rl, start)) as sampler:
+        with closing(make_sampler(rl.sampler, rl.rollout, start, folder)) as sampler:
             _run_stages(rl, folder, tasks, start, sampler, url, summary)
 
 
@@ -106,7 +107,7 @@ def _run_stages(
     folder: Path,
     tasks: dict[str, list[Task]],
     start: pretrained.Pretrained,
-    sampler: JaxSampler,
+    sampler: Sampler,
     url: str,
     summary: Summary,
 ) -> None:
@@ -127,7 +128,7 @@ async def _evaluate(
     rl: RlConfig,
     tasks: list[Task],
     start: pretrained.Pretrained,
-    sampler: JaxSampler,
+    sampler: Sampler,
     url: str,
     name: str,
 ) -> dict[str, Any]:

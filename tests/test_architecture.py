@@ -17,15 +17,16 @@ RANKS = {
     **dict.fromkeys(("types", "config"), 0),
     **dict.fromkeys(("config_help", "config_io", "run_folder", "metrics", "sharding", "versions"), 1),
     **dict.fromkeys(("model", "data", "checkpoint"), 2),
-    **dict.fromkeys(("rollout", "train", "export"), 3),
+    **dict.fromkeys(("rollout", "train", "export", "serving"), 3),
     **dict.fromkeys(("rl", "synth", "evals"), 4),
     **dict.fromkeys(("quickstart", "bench"), 5),
     **dict.fromkeys(("cli", "arguments"), 6),
 }
 """A part of jorch may import parts of lower rank, and itself; parts of rank 1 and 6 also each other."""
 
-SIDEWAYS = {("export", "train")}
-"""Parts of one rank that may be imported one way: a checkpoint can only be read into the state that was saved."""
+SIDEWAYS = {("export", "train"), ("serving", "export"), ("serving", "rollout")}
+"""Parts of one rank that may be imported one way: a checkpoint can only be read into the state that was saved, and a
+server gets its weights as exported and answers the rollouts."""
 
 BRIDGES = {
     "jorch/rollout/tool_client.py": {"tools_server.wire"},

@@ -4,6 +4,7 @@ import asyncio
 import json
 import time
 from collections.abc import Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +15,11 @@ from jorch.evals.metrics import summarise
 from jorch.export import pretrained
 from jorch.metrics import stage
 from jorch.rollout.driver import Driver
-from jorch.rollout.jax_sampler import JaxSampler
 from jorch.rollout.outcomes import EvalRow, trajectory_row
 from jorch.rollout.server_process import tool_server
 from jorch.rollout.tool_client import ToolClient
 from jorch.run_folder import atomic_write, open_run_folder
+from jorch.serving.samplers import make_sampler
 from jorch.sharding import make_mesh
 from jorch.types import Task
 from jorch.versions import versions
@@ -34,7 +35,7 @@ def run(config: EvalConfig, *, fresh: bool = False) -> None:
         _check_policy(config, tasks)
         began = time.perf_counter()
         with tool_server(config.tools_server, folder / "tools_server.log") as url:
-            results = asyncio.run(_play(config, tasks, url))
+            results = asyncio.run(_play(config, tasks, url, folder))
         summary = {
             **results,
             "wall_s": {"evaluation": time.perf_counter() - began},
@@ -63,7 +64,7 @@ def _check_policy(config: EvalConfig, tasks: list[Task]) -> None:
         raise ValueError(f"baselines: only tasks of the miniature world have them, not {config.tasks}: baselines=false")
 
 
-async def _play(config: EvalConfig, tasks: list[Task], url: str) -> dict[str, Any]:
+async def _play(config: EvalConfig, tasks: list[Task], url: str, folder: Path) -> dict[str, Any]:
     rollout = config.rollout
     async with ToolClient(url, timeout_s=rollout.call_timeout_s, retries=rollout.call_retries) as tools:
         if config.policy == "gold":
@@ -73,15 +74,16 @@ async def _play(config: EvalConfig, tasks: list[Task], url: str) -> dict[str, An
                 rows = await play_gold(tasks, tools, _CONCURRENCY)
                 progress.advance(len(tasks))
             return {"gold": summarise(rows)}
-        driver = make_driver(config, tools)
-        results = {"model": await evaluate(driver, tasks, config.temperatures, config.seed, "model")}
+        driver = make_driver(config, tools, folder)
+        with closing(driver.sampler):
+            results = {"model": await evaluate(driver, tasks, config.temperatures, config.seed, "model")}
         if config.baselines:
             results["baselines"] = await play_baselines(tasks, tools, config.seed)
         return results
 
 
-def make_driver(config: EvalConfig, tools: ToolClient) -> Driver:
-    """A driver around the model that the config names, on all devices."""
+def make_driver(config: EvalConfig, tools: ToolClient, run_folder: Path) -> Driver:
+    """A driver around the model that the config names, on all devices; its sampler is to be closed."""
     assert config.init_from is not None
     start = pretrained.load(
         config.init_from,
@@ -89,13 +91,7 @@ def make_driver(config: EvalConfig, tools: ToolClient) -> Driver:
         param_dtype=config.param_dtype,
         compute_dtype=config.compute_dtype,
     )
-    sampler = JaxSampler(
-        start.model,
-        start.params,
-        config.sampler,
-        max_tokens=config.rollout.max_tokens_per_turn,
-        stop_id=start.tokenizer.end_of_turn_id,
-    )
+    sampler = make_sampler(config.sampler, config.rollout, start, run_folder)
     return Driver(sampler, tools, start.tokenizer, config.chat, config.rollout)
 
 
@@ -113,7 +109,6 @@ async def evaluate(
 
 async def play(driver: Driver, tasks: Sequence[Task], temperature: float, seed: int, title: str) -> list[EvalRow]:
     """One trajectory per task; those that the infrastructure lost have no row."""
-    assert isinstance(driver.sampler, JaxSampler)
     rows: list[EvalRow] = []
     size = driver.sampler.config.max_rows
     with stage(title, len(tasks)) as progress:

@@ -30,10 +30,11 @@ from jorch.rl.report import TrajectoryLog, rollout_metrics
 from jorch.rl.rewards import score_group
 from jorch.rl.samples import from_group
 from jorch.rollout.driver import Driver, probe
-from jorch.rollout.jax_sampler import JaxSampler
+from jorch.rollout.sampler import Sampler
 from jorch.rollout.server_process import tool_server
 from jorch.rollout.tool_client import ToolClient
 from jorch.run_folder import open_run_folder
+from jorch.serving.samplers import make_sampler
 from jorch.sharding import make_mesh, shard_batch
 from jorch.train.optimizer import make_optimizer
 from jorch.train.state import TrainState, abstract_state, init_state
@@ -101,7 +102,7 @@ def run(config: RlConfig, *, resume: bool, fresh: bool) -> None:
                 compute_dtype=config.compute_dtype,
                 remat=config.remat,
             )
-            with closing(make_sampler(config, start)) as sampler:
+            with closing(make_sampler(config.sampler, config.rollout, start, folder)) as sampler:
                 train(config, folder, tasks, start, sampler, url)
         print(f"model: {folder / 'model'}")
 
@@ -112,23 +113,12 @@ async def _probe(config: RlConfig, tasks: list[Task], url: str) -> None:
         await probe(tools, tasks)
 
 
-def make_sampler(config: RlConfig, start: pretrained.Pretrained) -> JaxSampler:
-    """The in-process sampler of a run, with the starting weights."""
-    return JaxSampler(
-        start.model,
-        start.params,
-        config.sampler,
-        max_tokens=config.rollout.max_tokens_per_turn,
-        stop_id=start.tokenizer.end_of_turn_id,
-    )
-
-
 def train(
     config: RlConfig,
     folder: Path,
     tasks: list[Task],
     start: pretrained.Pretrained,
-    sampler: JaxSampler,
+    sampler: Sampler,
     url: str,
 ) -> None:
     """Train in an open run folder from its newest checkpoint on; the sampler ends with the final weights."""
@@ -174,7 +164,7 @@ async def _train(
     tasks: list[Task],
     start: pretrained.Pretrained,
     learner: Learner,
-    sampler: JaxSampler,
+    sampler: Sampler,
     checkpoints: Checkpoints,
     url: str,
 ) -> None:
@@ -201,7 +191,7 @@ async def _train(
 
 
 async def take_step(
-    config: RlConfig, step: int, tasks: list[Task], driver: Driver, sampler: JaxSampler, learner: Learner
+    config: RlConfig, step: int, tasks: list[Task], driver: Driver, sampler: Sampler, learner: Learner
 ) -> tuple[dict[str, float], list[Group]]:
     """One policy update; its metrics and the scored groups, kept or not."""
     began = time.perf_counter()

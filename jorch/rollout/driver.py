@@ -90,7 +90,7 @@ class Driver:
         ]
         self.sampler.expect(list(itertools.chain.from_iterable(ids)))
         try:
-            async with asyncio.TaskGroup() as running:
+            async with self.sampler.connected(), asyncio.TaskGroup() as running:
                 groups = [
                     [
                         running.create_task(self.run_task(task, trajectory_id, seed, temperature))

@@ -6,11 +6,9 @@ asked (or `max_wait_s` has passed), their new tokens are appended and one comple
 """
 
 import asyncio
-import threading
-import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import AbstractAsyncContextManager, nullcontext
 from dataclasses import InitVar, dataclass, field
 
 import numpy as np
@@ -19,36 +17,8 @@ from jorch.config import SamplerConfig
 from jorch.model.decode import Decoder
 from jorch.model.transformer import Params, Qwen3
 from jorch.rollout.row_batch import RowBatch
+from jorch.rollout.stats import SamplerStats
 from jorch.types import Completion, CompletionRequest
-
-
-@dataclass
-class SamplerStats:
-    """Work so far. `busy_s` counts the time in which at least one lane decoded."""
-
-    busy_s: float = 0.0
-    sampled_tokens: int = 0
-    waves: int = 0
-    _running: int = 0
-    _since: float = 0.0
-    _lock: threading.Lock = field(default_factory=threading.Lock)
-
-    @contextmanager
-    def wave(self) -> Iterator[None]:
-        with self._lock:
-            self._since = self._since if self._running else time.perf_counter()
-            self._running += 1
-        try:
-            yield
-        finally:
-            with self._lock:
-                self._running -= 1
-                self.busy_s += 0.0 if self._running else time.perf_counter() - self._since
-
-    def count(self, num_tokens: int) -> None:
-        with self._lock:
-            self.sampled_tokens += num_tokens
-            self.waves += 1
 
 
 @dataclass
@@ -88,6 +58,9 @@ class JaxSampler:
             append_tokens: expected length of an observation; other lengths compile when they first occur.
         """
         self._new_batch().warm_up(self.weights, append_tokens)
+
+    def connected(self) -> AbstractAsyncContextManager[object]:
+        return nullcontext()
 
     def expect(self, trajectory_ids: Sequence[str]) -> None:
         """Dealt by their number alone, so that the same run makes the same batches; siblings stay together."""

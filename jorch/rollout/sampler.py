@@ -1,16 +1,25 @@
 """What the rollout driver asks of an engine that continues token sequences, in process or over HTTP."""
 
 from collections.abc import Sequence
-from typing import Protocol
+from contextlib import AbstractAsyncContextManager
+from typing import Any, Protocol
 
+from jorch.config import SamplerConfig
+from jorch.rollout.stats import SamplerStats
 from jorch.types import Completion, CompletionRequest
 
 
 class Sampler(Protocol):
     """Token ids in, token ids and log-probabilities out; the weights it samples from have a version."""
 
+    config: SamplerConfig
     policy_version: int
     max_context_tokens: int
+    stats: SamplerStats
+
+    def connected(self) -> AbstractAsyncContextManager[object]:
+        """Held around everything that is asked within one event loop."""
+        ...
 
     def expect(self, trajectory_ids: Sequence[str]) -> None:
         """Announce trajectories that are about to ask, so that an engine can batch their first turns."""
@@ -23,3 +32,13 @@ class Sampler(Protocol):
     def release(self, trajectory_id: str) -> None:
         """The trajectory asks no more; its cache may go."""
         ...
+
+    def publish(self, params: Any, policy_version: int) -> None:
+        """Sample from these parameters from now on. Called between steps, when no trajectory is live."""
+        ...
+
+    def warm_up(self, append_tokens: int) -> None:
+        """Do now what would hold up the first turns; `append_tokens` is the length of a usual observation."""
+        ...
+
+    def close(self) -> None: ...

@@ -15,8 +15,9 @@ import pytest
 
 from jorch.config import MeshConfig, SamplerConfig
 from jorch.data.packing import pack
-from jorch.rollout.jax_sampler import JaxSampler, SamplerStats
+from jorch.rollout.jax_sampler import JaxSampler
 from jorch.rollout.row_batch import RowBatch
+from jorch.rollout.stats import SamplerStats
 from jorch.sharding import make_mesh
 from jorch.train.step import make_logprobs_fn
 from jorch.types import Completion, CompletionRequest, Sample

@@ -1,0 +1,187 @@
+"""A `Sampler` over vLLM servers: token ids in, token ids and the log-probabilities they were drawn with out.
+
+A trajectory stays with one server, whose prefix cache knows its earlier turns; new ones go where the fewest requests
+are under way. A server that is lost or busy hands its requests to the others.
+"""
+
+import asyncio
+import json
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import aiohttp
+import numpy as np
+
+from jorch.config import SamplerConfig
+from jorch.rollout.stats import SamplerStats
+from jorch.types import Completion, CompletionRequest
+
+BACKOFF_S = 0.2
+"""Before the first further attempt; doubled before each other one, up to 5 s."""
+_MAX_BACKOFF_S = 5.0
+_MODEL = "policy"
+
+Publish = Callable[[Any, int, list[str]], dict[str, str]]
+"""(params, policy version, urls) -> what went wrong, by url."""
+
+
+class SamplerDown(ConnectionError):
+    """No server is left, or none answered in time. The message names the addresses and the last failure."""
+
+
+@dataclass
+class VllmSampler:
+    """Sampler of token ids over HTTP; `publish_weights` brings new parameters to the servers."""
+
+    config: SamplerConfig
+    urls: Sequence[str]
+    stop_id: int
+    publish_weights: Publish
+    on_close: Callable[[], object] = lambda: None
+    policy_version: int = 0
+    stats: SamplerStats = field(default_factory=SamplerStats)
+
+    def __post_init__(self) -> None:
+        assert self.config.vllm is not None
+        self.max_context_tokens = self.config.max_context_tokens
+        self._timeout_s = self.config.vllm.request_timeout_s
+        self._in_flight = dict.fromkeys(self.urls, 0)
+        self._home: dict[str, str] = {}
+        self._last_failure = "none was tried"
+
+    @asynccontextmanager
+    async def connected(self) -> AsyncIterator[None]:
+        async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0)) as self._session:
+            yield
+
+    def expect(self, trajectory_ids: Sequence[str]) -> None:
+        """vLLM batches by itself."""
+
+    def warm_up(self, append_tokens: int) -> None:
+        """A server is ready only when it has answered."""
+
+    def release(self, trajectory_id: str) -> None:
+        self._home.pop(trajectory_id, None)
+
+    def publish(self, params: Any, policy_version: int) -> None:
+        """Servers that do not take the weights leave the rotation. Raises SamplerDown where none is left."""
+        for url, problem in self.publish_weights(params, policy_version, list(self._in_flight)).items():
+            self._drop(url, problem)
+        if not self._in_flight:
+            raise SamplerDown(f"no vLLM server took the weights of version {policy_version}: {self._last_failure}")
+        self.policy_version = policy_version
+
+    def close(self) -> None:
+        self.on_close()
+
+    async def complete(self, request: CompletionRequest) -> Completion:
+        room = self.max_context_tokens - len(request.prompt_token_ids)
+        limit = min(request.max_tokens, room)  # vLLM would clip it without a word
+        assert limit > 0, f"{len(request.prompt_token_ids)} prompt tokens leave no room in the context"
+        ids: list[int] = []
+        logprobs: list[float] = []
+        with self.stats.wave():
+            while True:
+                choice = await self._ask(request, ids, limit - len(ids))
+                ids += choice["token_ids"]
+                logprobs += [entry["logprob"] for entry in choice["logprobs"]["content"]]
+                # An aborted answer holds what was drawn until then: go on from there.
+                if choice["finish_reason"] != "abort" or len(ids) >= limit:
+                    break
+        self.stats.count(len(ids))
+        reason = "stop" if ids and ids[-1] == self.stop_id else "length"
+        return Completion(np.array(ids, np.int32), np.array(logprobs, np.float32), reason, self.policy_version)
+
+    async def _ask(self, request: CompletionRequest, sampled: list[int], limit: int) -> dict[str, Any]:
+        """One server's choice. Moves on to others, and back, until `request_timeout_s` is over."""
+        body = json.dumps(self._body(request, sampled, limit)).encode()
+        backoff_s = BACKOFF_S
+        loop = asyncio.get_running_loop()
+        deadline_s = loop.time() + self._timeout_s
+        while self._in_flight and loop.time() < deadline_s:
+            url = self._server_of(request.trajectory_id)
+            self._in_flight[url] += 1
+            try:
+                status, text = await self._post(url, body, deadline_s - loop.time())
+            except TimeoutError:
+                self._drop(url, f"no answer within {self._timeout_s:g} s")
+                continue
+            except (aiohttp.ClientError, OSError) as error:
+                self._last_failure = f"{url}: {str(error) or type(error).__name__}"
+                status, text = 503, b""
+            finally:
+                if url in self._in_flight:
+                    self._in_flight[url] -= 1
+            if status == 200:
+                return json.loads(text)["choices"][0]
+            if 400 <= status < 500:
+                raise ValueError(f"vLLM at {url} refused a request (HTTP {status}): {_line(text)}")
+            if text:
+                self._last_failure = f"{url}: HTTP {status}, {_line(text)}"
+            if status == 500:
+                self._drop(url, self._last_failure)
+                continue
+            self._home.pop(request.trajectory_id, None)  # busy or gone: perhaps another one takes it
+            await self._drop_if_unreachable(url)
+            await asyncio.sleep(backoff_s)
+            backoff_s = min(2 * backoff_s, _MAX_BACKOFF_S)
+        raise SamplerDown(
+            f"no vLLM server answered {request.trajectory_id} ({', '.join(self.urls)}): {self._last_failure}"
+        )
+
+    def _body(self, request: CompletionRequest, sampled: list[int], limit: int) -> dict[str, Any]:
+        return {
+            "model": _MODEL,
+            "token_ids": [*request.prompt_token_ids.tolist(), *sampled],
+            # Keys and values of other weights must never be found again.
+            "cache_salt": f"v{self.policy_version}",
+            "sampling_params": {
+                "n": 1,
+                "max_tokens": limit,
+                "temperature": request.temperature,
+                "top_p": 1.0,
+                "top_k": -1,
+                "min_p": 0.0,
+                "logprobs": 0,
+                "seed": (request.seed + len(sampled)) & 0x7FFFFFFF,
+                "stop_token_ids": [self.stop_id],
+            },
+        }
+
+    async def _post(self, url: str, body: bytes, timeout_s: float) -> tuple[int, bytes]:
+        timeout = aiohttp.ClientTimeout(total=max(timeout_s, 0.1))
+        headers = {"Content-Type": "application/json"}
+        async with self._session.post(
+            url + "/inference/v1/generate", data=body, headers=headers, timeout=timeout
+        ) as response:
+            return response.status, await response.read()
+
+    async def _drop_if_unreachable(self, url: str) -> None:
+        try:
+            async with self._session.get(url + "/health", timeout=aiohttp.ClientTimeout(total=5)) as response:
+                healthy = response.status == 200
+        except (aiohttp.ClientError, OSError):
+            healthy = False
+        if not healthy:
+            self._drop(url, self._last_failure)
+
+    def _server_of(self, trajectory_id: str) -> str:
+        url = self._home.get(trajectory_id)
+        if url not in self._in_flight:
+            url = self._home[trajectory_id] = min(self._in_flight, key=self._in_flight.__getitem__)
+        return url
+
+    def _drop(self, url: str, problem: str) -> None:
+        """Out of rotation: it gets no more work, and no weights."""
+        if self._in_flight.pop(url, None) is not None:
+            print(f"vLLM at {url} is out of rotation: {problem}", flush=True)
+        self._last_failure = problem
+
+
+def _line(text: bytes) -> str:
+    try:
+        return str(json.loads(text)["error"]["message"])
+    except (ValueError, KeyError, TypeError):
+        return " ".join(text.decode(errors="replace").split())[:200]

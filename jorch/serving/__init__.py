@@ -1,0 +1,1 @@
+"""Behind vLLM: starting it, checking that it computes what the trainer computes, giving it new weights."""
