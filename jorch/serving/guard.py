@@ -19,6 +19,8 @@ from pathlib import Path
 
 GRACE_S = 10.0
 """Between SIGTERM and SIGKILL."""
+LOOK_S = 1.0
+"""Between looks at what the command's processes map."""
 _SHARED_MEMORY = "/dev/shm/"
 
 
@@ -28,19 +30,24 @@ def main(command: list[str]) -> int:
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda number, _: ended.append(number))
     child = subprocess.Popen(command, stdin=subprocess.DEVNULL, start_new_session=True)
+    shared: set[str] = set()
+    next_look_s = 0.0
     while child.poll() is None and not ended:
+        if time.monotonic() >= next_look_s:  # a process that is killed takes the knowledge of its mappings along
+            shared |= _shared_memory_of(child.pid)
+            next_look_s = time.monotonic() + LOOK_S
         with contextlib.suppress(InterruptedError):
             readable, _, _ = select.select([sys.stdin], [], [], 0.2)
             if readable and not os.read(sys.stdin.fileno(), 4096):
                 break
     status = child.poll()
-    _end(child)
+    _end(child, shared)
     return 0 if status is None else status
 
 
-def _end(child: subprocess.Popen[bytes]) -> None:
+def _end(child: subprocess.Popen[bytes], shared: set[str]) -> None:
     """SIGTERM to the command, SIGKILL to what is left of its session, and its shared memory goes."""
-    shared = _shared_memory_of(child.pid)
+    shared = shared | _shared_memory_of(child.pid)
     if child.poll() is None:
         child.terminate()
         with contextlib.suppress(subprocess.TimeoutExpired):

@@ -1,0 +1,33 @@
+"""Wider heads compute the same function."""
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jorch.model.transformer import Qwen3
+from jorch.serving.heads import WIDTH, widen
+
+
+def logits(config, params, tokens):
+    module = Qwen3(config).bind(params)
+    T = len(tokens)
+    hidden = module.hidden(jnp.asarray(tokens)[None], jnp.arange(T)[None], jnp.full((1, T), T))
+    return np.asarray(module.logits(hidden[0]))
+
+
+@pytest.mark.parametrize(("head_dim", "tied"), [(8, True), (16, False), (24, True)])
+def test_padding_leaves_the_logits(head_dim, tied, tiny_config, random_params, qwen3_logits):
+    config = tiny_config(head_dim=head_dim, tie_word_embeddings=tied)
+    params = random_params(Qwen3(config))
+    wide, padded = widen(config, params)
+    assert wide.head_dim == WIDTH
+    assert Qwen3(wide).abstract_params().keys() == padded.keys()
+    tokens = np.random.default_rng(0).integers(0, config.vocab_size, 20)
+    # Logits up to about 10, in float32.
+    np.testing.assert_allclose(logits(wide, padded, tokens), qwen3_logits(params, config, tokens), rtol=0, atol=2e-4)
+
+
+def test_heads_that_fit_are_left_alone(tiny_config, random_params):
+    config = tiny_config(head_dim=64)
+    params = random_params(Qwen3(config))
+    assert widen(config, params) == (config, params)
