@@ -54,12 +54,13 @@ def _end(child: subprocess.Popen[bytes], shared: set[str]) -> None:
             child.wait(GRACE_S)
     deadline_s = time.monotonic() + GRACE_S
     while members := list(_session(child.pid)):
+        late = time.monotonic() > deadline_s
         for pid in members:
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
+            # Python's resource trackers end after the others and remove semaphores that those have left.
+            if late or not _is_resource_tracker(pid):
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
         child.poll()
-        if time.monotonic() > deadline_s:
-            break
         time.sleep(0.05)
     for path in shared - _shared_memory_in_use():
         with contextlib.suppress(FileNotFoundError, PermissionError):
@@ -73,6 +74,13 @@ def _session(leader: int) -> Iterator[int]:
             state, _, _, session = stat.read_text().rpartition(")")[2].split()[:4]
             if int(session) == leader and state != "Z":
                 yield int(stat.parent.name)
+
+
+def _is_resource_tracker(pid: int) -> bool:
+    try:
+        return b"multiprocessing.resource_tracker" in Path(f"/proc/{pid}/cmdline").read_bytes()
+    except OSError:
+        return False
 
 
 def _shared_memory_of(leader: int) -> set[str]:
