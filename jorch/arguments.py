@@ -76,6 +76,9 @@ def _plain_parser(command: str) -> argparse.ArgumentParser:
     if command == "export":
         parser.add_argument("source", type=Path, metavar="RUN", help="folder of a training run")
         parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder to write")
+        parser.add_argument(
+            "--widen-heads", action="store_true", help="pad heads to a multiple of 32, as vLLM needs them on CPUs"
+        )
     else:
         parser.add_argument("what", choices=["loop"], help="loop: an RL step of the quickstart's model")
         parser.add_argument("--json", type=Path, metavar="FILE", help="write the numbers there as well")

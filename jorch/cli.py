@@ -78,7 +78,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             case "export":
                 from jorch.export import checkpoint
 
-                checkpoint.run(options.source, options.out)
+                checkpoint.run(options.source, options.out, widen_heads=options.widen_heads)
             case "serve":
                 from jorch.serving import vllm
 

@@ -9,6 +9,7 @@ from typing import Protocol
 import numpy as np
 
 from jorch.config import TokenizerConfig
+from jorch.data import tokenizer_json
 
 END_OF_TURN = "<|im_end|>"
 _SPACE = "▁"
@@ -33,7 +34,7 @@ class Tokenizer(Protocol):
     def decode(self, token_ids: Sequence[int] | np.ndarray) -> str: ...
 
     def save(self, folder: Path) -> None:
-        """Write the files from which `load` reads this tokenizer again."""
+        """Write the files from which `load` reads this tokenizer again, and those that vLLM wants."""
         ...
 
 
@@ -63,14 +64,22 @@ class SentencePieceTokenizer:
 
     def save(self, folder: Path) -> None:
         (folder / "tokenizer.model").write_bytes(self._model)
+        converted = tokenizer_json.convert(self._model)
+        if converted is not None:  # else the model can be trained, and served by token ids only
+            pad = self._processor.id_to_piece(max(self._processor.pad_id(), 0))
+            config = tokenizer_json.dump(tokenizer_json.config(END_OF_TURN, pad))
+            (folder / "tokenizer.json").write_text(converted, encoding="utf-8")
+            (folder / "tokenizer_config.json").write_text(config, encoding="utf-8")
 
 
 class HuggingFaceTokenizer:
     """A `tokenizer.json`, e.g. Qwen3's byte-level BPE."""
 
-    def __init__(self, model: bytes) -> None:
+    def __init__(self, model: bytes, config: bytes | None = None) -> None:
+        """`config`: what tokenizer_config.json beside it holds, the chat template above all."""
         import tokenizers
 
+        self._config = config
         self._model = model
         self._tokenizer = tokenizers.Tokenizer.from_buffer(model)
         self.vocab_size = self._tokenizer.get_vocab_size(with_added_tokens=True)
@@ -88,6 +97,8 @@ class HuggingFaceTokenizer:
 
     def save(self, folder: Path) -> None:
         (folder / "tokenizer.json").write_bytes(self._model)
+        if self._config is not None:
+            (folder / "tokenizer_config.json").write_bytes(self._config)
 
 
 def load(config: TokenizerConfig) -> Tokenizer:
@@ -97,9 +108,11 @@ def load(config: TokenizerConfig) -> Tokenizer:
         path = path / "tokenizer.json"
     if not path.is_file() or path.stat().st_size == 0:
         raise ValueError(f"no tokenizer at {path}; set tokenizer.path to a {config.kind} tokenizer")
-    kinds = {"sentencepiece": SentencePieceTokenizer, "huggingface": HuggingFaceTokenizer}
+    beside = path.with_name("tokenizer_config.json")
     try:
-        return kinds[config.kind](path.read_bytes())
+        if config.kind == "sentencepiece":
+            return SentencePieceTokenizer(path.read_bytes())
+        return HuggingFaceTokenizer(path.read_bytes(), beside.read_bytes() if beside.is_file() else None)
     except (RuntimeError, ValueError) as error:
         raise ValueError(f"{path} is not a {config.kind} tokenizer: {error}") from error
 

@@ -6,7 +6,7 @@ from jorch import config_io
 from jorch.checkpoint import Checkpoints
 from jorch.config import MeshConfig, QuickstartConfig, RlConfig, SftConfig
 from jorch.data import tokenizer as tokenizers
-from jorch.export import hf
+from jorch.export import heads, hf
 from jorch.model.transformer import Qwen3
 from jorch.run_folder import CONFIG
 from jorch.sharding import make_mesh
@@ -14,8 +14,8 @@ from jorch.train.optimizer import make_optimizer
 from jorch.train.state import abstract_state
 
 
-def run(source: Path, out: Path) -> None:
-    """Export run folder `source` to `out`, with its tokenizer. The run may be under way.
+def run(source: Path, out: Path, *, widen_heads: bool = False) -> None:
+    """Export run folder `source` to `out`, with its tokenizer and the probe. The run may be under way.
 
     Raises ValueError where `source` is no training run, has no checkpoint, or `out` is not empty.
     """
@@ -32,7 +32,8 @@ def run(source: Path, out: Path) -> None:
         if checkpoints.latest_step() is None:
             raise ValueError(f"{source} has no checkpoint yet")
         state, _, step = checkpoints.restore(abstract_state(model, optimizer, make_mesh(MeshConfig())))
-    hf.save(out, model.config, state.params, tokenizer)
+    wanted = heads.widen(model.config, state.params) if widen_heads else (model.config, state.params)
+    hf.save(out, *wanted, tokenizer, {"step": step, "tokenizer_digest": tokenizer.digest})
     print(f"exported step {step} of {source} to {out}")
 
 

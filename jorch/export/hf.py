@@ -3,7 +3,7 @@
 import json
 import math
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from safetensors.numpy import save_file
 
 from jorch.config import ModelConfig
 from jorch.data.tokenizer import Tokenizer
+from jorch.export import probe
 from jorch.model.transformer import Params, Qwen3
 from jorch.run_folder import naming
 
@@ -81,14 +82,23 @@ def _tensors(params: Params) -> Iterator[tuple[str, np.ndarray]]:
             yield f"model.layers.{index}.{_LAYER[name]}", _to_hf(name, np.asarray(stacked[index]))
 
 
-def save(folder: Path, config: ModelConfig, params: Params, tokenizer: Tokenizer) -> None:
+def save(
+    folder: Path,
+    config: ModelConfig,
+    params: Params,
+    tokenizer: Tokenizer,
+    facts: Mapping[str, Any] | None = None,
+) -> None:
     """Write `config.json`, `model.safetensors` and the tokenizer into `folder`, which they replace.
 
+    With `facts`, which may be empty, also `jorch.json`: these and the probe.
     The folder appears whole or not at all: it is written beside its place and renamed. Raises OSError naming it.
     """
     with _replaced(folder) as partial:
         save_file(dict(_tensors(params)), partial / "model.safetensors", metadata={"format": "pt"})
         _write_architecture(partial, config, tokenizer)
+        if facts is not None:
+            probe.write(partial, probe.make_probe(config, params), **facts)
 
 
 def save_architecture(run_folder: Path, config: ModelConfig, tokenizer: Tokenizer) -> None:
@@ -116,6 +126,8 @@ def _replaced(folder: Path) -> Iterator[Path]:
 
 def _write_architecture(folder: Path, config: ModelConfig, tokenizer: Tokenizer) -> None:
     (folder / "config.json").write_text(json.dumps(_config_json(config, tokenizer), indent=2) + "\n")
+    stop = tokenizer.end_of_turn_id
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": stop, "pad_token_id": stop}) + "\n")
     tokenizer.save(folder)
 
 

@@ -6,7 +6,7 @@ import urllib.parse
 import urllib.request
 from typing import Any
 
-from jorch.serving.probe import Probe
+from jorch.export.probe import Probe
 
 
 def post(url: str, path: str, body: dict[str, Any] | None = None, *, timeout_s: float = 60.0, **query: str) -> Any:

@@ -3,7 +3,8 @@
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from jorch.serving import control, probe
+from jorch.export import probe
+from jorch.serving import control
 
 _RELOAD_TIMEOUT_S = 600.0
 

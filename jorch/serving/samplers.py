@@ -7,11 +7,10 @@ from typing import Any
 
 from jorch.config import RolloutConfig, SamplerConfig
 from jorch.export import hf, pretrained
+from jorch.export.heads import widen
 from jorch.rollout.jax_sampler import JaxSampler
 from jorch.rollout.sampler import Sampler
 from jorch.rollout.vllm_sampler import VllmSampler
-from jorch.serving import probe
-from jorch.serving.heads import widen
 from jorch.serving.push import push
 from jorch.serving.vllm import ServeOptions, on_cpu, vllm_server
 
@@ -61,8 +60,7 @@ class Weights:
         config, served = self._start.model.config, params
         if on_cpu():
             config, served = widen(config, served)
-        hf.save(target, config, served, self._start.tokenizer)
-        probe.write(target, probe.make_probe(self._start.model, params), policy_version=version)
+        hf.save(target, config, served, self._start.tokenizer, {"policy_version": version})
         return target
 
     def publish(self, params: Any, version: int, urls: list[str]) -> dict[str, str]:

@@ -18,8 +18,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from jorch.export import heads, hf, probe
 from jorch.metrics import stage
-from jorch.serving import control, guard, probe
+from jorch.serving import control, guard
 
 EXECUTABLE_VARIABLE = "JORCH_VLLM"
 """Path of the `vllm` executable, where it is not on PATH."""
@@ -142,6 +143,12 @@ def vllm_server(options: ServeOptions, log: Path) -> Iterator[str]:
     log's last line, where it does not start.
     """
     expected = probe.read(options.folder)
+    head_dim = hf.load_config(options.folder).head_dim
+    if on_cpu() and head_dim % heads.WIDTH:
+        raise ValueError(
+            f"{options.folder}: head_dim={head_dim}; vLLM's attention on CPUs takes multiples of {heads.WIDTH}: "
+            "export the model with --widen-heads"
+        )
     port = options.port or _free_port(options.host)
     argv = command(options, port)
     print(shlex.join(argv), flush=True)

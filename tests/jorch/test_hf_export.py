@@ -153,7 +153,7 @@ DAMAGE = {
         "{folder}: vocab_size=576 is smaller than the tokenizer's 640",
     ),
     "no tokenizer": (
-        lambda folder: (folder / "tokenizer.model").unlink(),
+        lambda folder: [path.unlink() for path in folder.glob("tokenizer.*")],
         "no tokenizer at {folder}/tokenizer.json; set tokenizer.path to a huggingface tokenizer",
     ),
     "broken tokenizer": (

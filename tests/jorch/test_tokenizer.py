@@ -1,5 +1,7 @@
 """Text to token ids and back without loss, with the chat's and the miniature world's symbols whole."""
 
+import functools
+import io
 import os
 import unicodedata
 from pathlib import Path
@@ -11,6 +13,7 @@ from hypothesis import strategies as st
 
 from jorch.config import TokenizerConfig
 from jorch.data import tokenizer as tokenizers
+from jorch.data import tokenizer_json
 from jorch.data.chat import CHAT_SYMBOLS
 from jorch.data.tokenizer import END_OF_TURN, SentencePieceTokenizer, train_sentencepiece
 from jorch.export.pretrained import BASE
@@ -118,3 +121,48 @@ def test_qwen3_saves_and_loads(qwen3, tmp_path):
     qwen3.save(tmp_path)
     assert tokenizers.load_folder(tmp_path).digest == qwen3.digest
     assert qwen3.decode([9707, 151900]) == "Hello", "ids of the padded vocabulary mean nothing"
+
+
+@given(text=texts)
+@example(text="▁ <0x41>▁")
+@seeded
+def test_tokenizer_json_gives_the_same_ids(text):
+    """What transformers and vLLM read, against the sentencepiece model that it was made from."""
+    ours, theirs = TOKENIZER, converted()
+    ids = ours.encode(text)
+    assert theirs.encode(text, add_special_tokens=False).ids == ids.tolist()
+    assert theirs.decode(ids.tolist(), skip_special_tokens=False) == text
+
+
+@functools.cache
+def converted():
+    import tokenizers
+
+    return tokenizers.Tokenizer.from_str(tokenizer_json.convert(TOKENIZER._model))
+
+
+def test_merges_of_a_trained_model_are_kept():
+    """A sentencepiece model with real merges, as somebody else may bring it."""
+    import sentencepiece
+    import tokenizers
+
+    words = "the orchestrator asks the cheapest expert that can answer the question and then the answer is checked"
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter([words] * 20),
+        model_writer=model,
+        model_type="bpe",
+        vocab_size=330,
+        byte_fallback=True,
+        normalization_rule_name="identity",
+        add_dummy_prefix=False,
+        remove_extra_whitespaces=False,
+        hard_vocab_limit=False,
+        minloglevel=2,
+    )
+    text = tokenizer_json.convert(model.getvalue())
+    assert text is not None
+    ours = sentencepiece.SentencePieceProcessor(model_proto=model.getvalue())
+    theirs = tokenizers.Tokenizer.from_str(text)
+    for sample in (words, "the expert checks", "xyz the é", "answer  twice"):
+        assert theirs.encode(sample, add_special_tokens=False).ids == ours.encode(sample)

@@ -16,12 +16,12 @@ import numpy as np
 import pytest
 
 from jorch.config import RolloutConfig, SamplerConfig, VllmConfig
-from jorch.export import hf, pretrained
+from jorch.export import hf, pretrained, probe
+from jorch.export.heads import widen
 from jorch.model.transformer import Qwen3
 from jorch.rollout.jax_sampler import JaxSampler
 from jorch.rollout.vllm_sampler import VllmSampler
-from jorch.serving import control, probe
-from jorch.serving.heads import widen
+from jorch.serving import control
 from jorch.serving.push import push
 from jorch.serving.samplers import Weights, make_sampler
 from jorch.serving.vllm import EXECUTABLE_VARIABLE, ServeOptions, vllm_server
@@ -48,8 +48,7 @@ def make_start(tiny_config, random_params, tied, seed=0):
 
 def export(folder, start, params=None):
     params = start.params if params is None else params
-    hf.save(folder, start.model.config, params, start.tokenizer)
-    probe.write(folder, probe.make_probe(start.model, params))
+    hf.save(folder, start.model.config, params, start.tokenizer, {})
     return folder
 
 
@@ -168,7 +167,7 @@ def test_a_bad_push_leaves_the_old_version_serving(damage, served, tiny_config, 
 def test_a_probe_of_another_model_is_noticed(served, tiny_config, random_params):
     start, url, _ = served
     other = make_start(tiny_config, random_params, start.model.config.tie_word_embeddings, seed=2)
-    expected = probe.make_probe(other.model, other.params)
+    expected = probe.make_probe(other.model.config, other.params)
     scored = control.score(url, expected, salt="other", tokens_only=True)
     with pytest.raises(ValueError, match="does not compute the exported model"):
         probe.check(expected, scored, "float32", f"vLLM at {url}")

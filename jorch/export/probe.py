@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jorch.config import ModelConfig
 from jorch.model.transformer import Params, Qwen3
 
 FILE = "jorch.json"
@@ -30,21 +31,22 @@ class Probe:
     logprobs: tuple[float, ...]
 
 
-def make_probe(model: Qwen3, params: Params) -> Probe:
+def make_probe(config: ModelConfig, params: Params) -> Probe:
     """Score random tokens in float32."""
-    tokens = np.random.default_rng(0).integers(0, model.config.vocab_size, NUM_TOKENS).astype(np.int32)
-    logprobs = np.asarray(_scorer(model)(params, tokens))
+    tokens = np.random.default_rng(0).integers(0, config.vocab_size, NUM_TOKENS).astype(np.int32)
+    logprobs = np.asarray(_scorer(config.model_dump_json())(params, tokens))
     return Probe(tuple(tokens.tolist()), tuple(logprobs.tolist()))
 
 
 @cache
-def _scorer(model: Qwen3) -> Any:
-    single = Qwen3(model.config.model_copy(update={"compute_dtype": "float32"}))
+def _scorer(config_json: str) -> Any:
+    config = ModelConfig.model_validate_json(config_json)
+    model = Qwen3(config.model_copy(update={"compute_dtype": "float32"}))
 
     @jax.jit
     def score(params: Params, tokens: jax.Array) -> jax.Array:
         T = tokens.shape[0]
-        module = single.bind(jax.tree.map(lambda x: x.astype(jnp.float32), params))
+        module = model.bind(params)
         hidden_BTD = module.hidden(tokens[None], jnp.arange(T)[None], jnp.full((1, T), T))
         logprobs_TV = jax.nn.log_softmax(module.logits(hidden_BTD[0]))
         return jnp.take_along_axis(logprobs_TV[:-1], tokens[1:, None], axis=1)[:, 0]

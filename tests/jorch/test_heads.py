@@ -4,8 +4,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jorch.export.heads import WIDTH, widen
 from jorch.model.transformer import Qwen3
-from jorch.serving.heads import WIDTH, widen
 
 
 def logits(config, params, tokens):
