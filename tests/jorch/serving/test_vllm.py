@@ -15,7 +15,8 @@ import jax
 import numpy as np
 import pytest
 
-from jorch.config import RolloutConfig, SamplerConfig, VllmConfig
+from jorch.config import MiniatureConfig, RolloutConfig, SamplerConfig, VllmConfig
+from jorch.data.chat import render_prompt
 from jorch.export import hf, pretrained, probe
 from jorch.export.heads import widen
 from jorch.model.transformer import Qwen3
@@ -25,6 +26,7 @@ from jorch.serving import control
 from jorch.serving.push import push
 from jorch.serving.samplers import Weights, make_sampler
 from jorch.serving.vllm import EXECUTABLE_VARIABLE, ServeOptions, vllm_server
+from jorch.synth import miniature
 from jorch.synth.sft import train_tokenizer
 from jorch.types import CompletionRequest
 
@@ -260,6 +262,25 @@ def test_a_server_that_is_killed_in_a_step_costs_nothing(tiny_config, random_par
         played = list(zip(prompts, asyncio.run(run()), strict=True))
     check(played, start, start.params, qwen3_logits)
     assert list(sampler._in_flight) == [url]
+
+
+def test_the_openai_surface_parses_tool_calls(tmp_path, mesh):
+    """Without --rl: a chat with tools, whose prompt has the very ids that the trainer would give it."""
+    start = pretrained.load("base", mesh)
+    config, params = widen(start.model.config, start.params)
+    hf.save(tmp_path / "model", config, params, start.tokenizer, {})
+    [task] = miniature.tasks(MiniatureConfig(num_heldout=1), "heldout", 0)
+    with vllm_server(ServeOptions(tmp_path / "model", max_context_tokens=CONTEXT), tmp_path / "vllm.log") as url:
+        chat = {"model": control.MODEL, "messages": list(task.messages)}
+        ids = control.post(url, "/tokenize", chat)["tokens"]
+        assert ids == start.tokenizer.encode(render_prompt(task.messages, (), "compact")).tolist()
+        asked = chat | {"tools": list(task.tools), "temperature": 0, "max_tokens": MAX_TOKENS}
+        [choice] = control.post(url, "/v1/chat/completions", asked)["choices"]
+        assert choice["finish_reason"] == "tool_calls"
+        [call] = choice["message"]["tool_calls"]
+        assert call["function"]["name"] in {tool["function"]["name"] for tool in task.tools}
+        with pytest.raises(ConnectionError, match="/collective_rpc"):
+            control.post(url, "/collective_rpc", {"method": "jorch_reload", "kwargs": {"folder": "x"}})
 
 
 def test_the_base_is_served_with_wider_heads(tmp_path, mesh):
