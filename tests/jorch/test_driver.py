@@ -3,6 +3,7 @@ what a test scripts.
 """
 
 import asyncio
+import contextlib
 import json
 import random
 import subprocess
@@ -97,6 +98,9 @@ class ScriptedSampler:
         self.expected: list[str] = []
         self.turns: dict[str, int] = defaultdict(int)
         self.before_turn: Callable[[str, int], Awaitable[None]] | None = None
+
+    def connected(self):
+        return contextlib.nullcontext()
 
     def expect(self, trajectory_ids):
         self.expected += trajectory_ids
