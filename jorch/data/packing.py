@@ -10,6 +10,7 @@ from typing import NamedTuple
 import numpy as np
 
 from jorch.types import PackedBatch, Sample
+from kernels.attention.mask import tree_ends
 
 
 class Member(NamedTuple):
@@ -125,9 +126,9 @@ def _write(row: PackedBatch, family: Family, start: int, segment_id: int) -> int
         row.segment_ids[tail] = segment_id
         row.parents[tail] = np.arange(tail.start - 1, end - 1)
         row.parents[tail.start] = fork - 1
-        row.visible_until[tail] = end
         row.loss_weights[tail] = sample.loss_mask[length:] * np.float32(sample.num_copies)
         row.advantages[tail] = sample.advantage
         row.sampler_logprobs[tail] = sample.logprobs[length:]
-    row.visible_until[prompt] = end
+    lengths = [length, *(member.tail_tokens for member in family)]
+    row.visible_until[start:end] = start + tree_ends(lengths, [-1] + [0] * len(family))
     return end

@@ -62,7 +62,7 @@ class Transformer(nnx.Module):
         )
 
     def hidden(self, token_ids_BT: jax.Array, positions_BT: jax.Array, mask_BT: jax.Array) -> jax.Array:
-        """Final hidden states [B, T, D] of packed rows; `mask` as in `kernels.attention.api`."""
+        """Final hidden states [B, T, D] of packed rows; `mask` as in `kernels.attention.mask`."""
         x_BTD, rope = self.start(token_ids_BT, positions_BT)
         attend = packed_attend(mask_BT, self.config.head_dim)
         graphdef, stacked = nnx.split(self.layers)

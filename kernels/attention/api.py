@@ -1,48 +1,170 @@
 """Attention over packed rows and rollout trees: one mask, one function, an explicit choice of path."""
 
-from typing import Literal
+from functools import partial
+from typing import Any, Literal, overload
 
 import jax
+import jax.numpy as jnp
 
-from kernels.attention.reference import dense_attention, visible
+from kernels.attention import cudnn, xla_chunked
+from kernels.attention.choice import Implementation, Request, choose, log_once
+from kernels.attention.reference import attention_with_lse, visible
+from kernels.attention.tiles import TiledMask, tile
 
-Implementation = Literal["auto", "reference"]
+Mask = jax.Array | TiledMask | Literal["causal"]
 
 
+@overload
 def attention(
     q_BTNH: jax.Array,
     k_BSKH: jax.Array,
     v_BSKH: jax.Array,
     *,
-    mask: jax.Array,
+    mask: Mask,
     scale: float,
+    softcap: float | None = None,
+    window: int | None = None,
     implementation: Implementation = "auto",
-) -> jax.Array:
-    """Grouped-query attention where query q sees key k iff k <= q < mask[k].
-
-    That one int32 per key covers causal rows, packed segments, a prompt shared by several rollouts and padding
-    (mask 0: seen by none).
+    return_lse: Literal[False] = False,
+) -> jax.Array: ...
+@overload
+def attention(
+    q_BTNH: jax.Array,
+    k_BSKH: jax.Array,
+    v_BSKH: jax.Array,
+    *,
+    mask: Mask,
+    scale: float,
+    softcap: float | None = None,
+    window: int | None = None,
+    implementation: Implementation = "auto",
+    return_lse: Literal[True],
+) -> tuple[jax.Array, jax.Array]: ...
+def attention(
+    q_BTNH: jax.Array,
+    k_BSKH: jax.Array,
+    v_BSKH: jax.Array,
+    *,
+    mask: Mask,
+    scale: float,
+    softcap: float | None = None,
+    window: int | None = None,
+    implementation: Implementation = "auto",
+    return_lse: bool = False,
+) -> jax.Array | tuple[jax.Array, jax.Array]:
+    """Grouped-query attention where query q sees key k iff k <= q < mask[k]; differentiable in q, k and v.
 
     Args:
-        mask: i32[B, S], the end of the range of queries that may see each key; S = T.
+        q_BTNH: float32, bfloat16 or float16; k and v have its dtype, and S = T.
+        mask: i32[B, S], `end` of `kernels.attention.mask`; the same after `tiles.tile`, which layers can share; or
+            "causal", whole causal rows.
         scale: multiplies the scores, usually H ** -0.5.
-        implementation: "auto" takes the best path for the device; today every device gets "reference".
+        softcap: scores become softcap * tanh(score / softcap).
+        window: a token sees at most this many tokens of its own path, itself included.
+        implementation: "auto" takes the best path for the device and the request; `why` tells which. "reference" is
+            dense, "xla_chunked" goes tile by tile in linear memory, "cudnn" serves plain causal rows on NVIDIA GPUs.
+        return_lse: also return log(sum(exp(scores))); it is differentiable.
 
     Returns:
-        [B, T, N, H]; rows that see nothing are 0.
+        [B, T, N, H], or that and f32[B, T, N]. A row that sees nothing has output 0, log-sum-exp -inf and gradient 0.
 
     Raises:
-        ValueError: shapes that do not belong together, or an unknown implementation.
+        ValueError: shapes, dtypes or numbers that do not fit, or an implementation that cannot serve the request.
     """
-    B, T, N, H = q_BTNH.shape
-    K = k_BSKH.shape[2]
-    if k_BSKH.shape != (B, T, K, H) or v_BSKH.shape != k_BSKH.shape:
-        raise ValueError(f"k and v must both be [B={B}, S={T}, K, H={H}]; got {k_BSKH.shape} and {v_BSKH.shape}")
+    _check(q_BTNH, k_BSKH, v_BSKH, mask, softcap, window)
+    window = mask.window if isinstance(mask, TiledMask) else window
+    path, reason = choose(implementation, _request(q_BTNH, mask, softcap, window, return_lse))
+    log_once(path, reason)
+    if path == "cudnn":
+        return cudnn.causal_attention(q_BTNH, k_BSKH, v_BSKH, scale)
+    if path == "reference":
+        seen_BTS = visible(_ends(mask, q_BTNH), window)
+        k_BKSH, v_BKSH = k_BSKH.swapaxes(1, 2), v_BSKH.swapaxes(1, 2)
+        o_BTNH, lse_BTN = attention_with_lse(q_BTNH, k_BKSH, v_BKSH, seen_BTS, scale, softcap)
+    else:
+        tiled = mask if isinstance(mask, TiledMask) else tile(_ends(mask, q_BTNH), window=window)
+        outputs: Any = _by_tiles(q_BTNH, k_BSKH, v_BSKH, tiled, scale, softcap)
+        o_BTNH, lse_BTN = outputs
+    return (o_BTNH, lse_BTN) if return_lse else o_BTNH
+
+
+def why(
+    q_BTNH: jax.Array | jax.ShapeDtypeStruct,
+    *,
+    mask: Mask,
+    softcap: float | None = None,
+    window: int | None = None,
+    implementation: Implementation = "auto",
+    return_lse: bool = False,
+) -> str:
+    """One line: the path that `attention` takes for these arguments, and the reason.
+
+    Raises:
+        ValueError: as `attention`, where no path serves the request.
+    """
+    path, reason = choose(implementation, _request(q_BTNH, mask, softcap, window, return_lse))
+    return f"{path}: {reason}"
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(4, 5))
+def _by_tiles(
+    q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, mask: TiledMask, scale: float, softcap: float | None
+) -> tuple[jax.Array, jax.Array]:
+    return xla_chunked.forward(q_BTNH, k_BSKH, v_BSKH, mask, scale, softcap)
+
+
+def _by_tiles_forward(
+    q: jax.Array, k: jax.Array, v: jax.Array, mask: TiledMask, scale: float, softcap: float | None
+) -> tuple[tuple[jax.Array, jax.Array], tuple]:
+    o, lse = xla_chunked.forward(q, k, v, mask, scale, softcap)
+    return (o, lse), (q, k, v, mask, o, lse)
+
+
+def _by_tiles_backward(scale: float, softcap: float | None, saved: tuple, gradients: tuple) -> tuple:
+    q, k, v, mask, o, lse = saved
+    return *xla_chunked.backward(q, k, v, mask, scale, softcap, o, lse, *gradients), None
+
+
+_by_tiles.defvjp(_by_tiles_forward, _by_tiles_backward)
+
+
+def _request(
+    q: jax.Array | jax.ShapeDtypeStruct, mask: Mask, softcap: float | None, window: int | None, return_lse: bool
+) -> Request:
+    _, T, _, H = q.shape
+    causal = isinstance(mask, str)
+    return Request(T, H, str(q.dtype), causal, window, softcap, return_lse, jax.default_backend())
+
+
+def _ends(mask: Mask, q_BTNH: jax.Array) -> jax.Array:
+    B, T, _, _ = q_BTNH.shape
+    if isinstance(mask, str):
+        return jnp.full((B, T), T, jnp.int32)
+    return mask.end_BS[:, :T] if isinstance(mask, TiledMask) else mask
+
+
+def _check(q: jax.Array, k: jax.Array, v: jax.Array, mask: Mask, softcap: float | None, window: int | None) -> None:
+    B, T, N, H = q.shape
+    K = k.shape[2]
+    if k.shape != (B, T, K, H) or v.shape != k.shape:
+        raise ValueError(f"k and v must both be [B={B}, S={T}, K, H={H}]; got {k.shape} and {v.shape}")
     if N % K:
         raise ValueError(f"query heads N={N} are not a multiple of key-value heads K={K}")
-    if mask.shape != (B, T):
-        raise ValueError(f"mask must be [B={B}, S={T}]; got {mask.shape}")
-    if implementation not in ("auto", "reference"):
-        raise ValueError(f"implementation={implementation!r}; allowed: 'auto', 'reference'")
-    k_BKSH, v_BKSH = k_BSKH.swapaxes(1, 2), v_BSKH.swapaxes(1, 2)
-    return dense_attention(q_BTNH, k_BKSH, v_BKSH, visible(mask), scale)
+    if str(q.dtype) not in ("float32", "bfloat16", "float16") or k.dtype != q.dtype or v.dtype != q.dtype:
+        raise ValueError(
+            f"q, k and v must share one dtype of float32, bfloat16, float16; got {q.dtype}, {k.dtype} and {v.dtype}"
+        )
+    if softcap is not None and not softcap > 0:
+        raise ValueError(f"softcap={softcap}; allowed: None or a number above 0")
+    if window is not None and window < 1:
+        raise ValueError(f"window={window}; allowed: None or at least 1 token")
+    if isinstance(mask, str):
+        if mask != "causal":
+            raise ValueError(f'mask={mask!r}; allowed: "causal", i32[B={B}, S={T}] or what `tile` made of it')
+    elif isinstance(mask, TiledMask):
+        if (len(mask.end_BS), mask.num_tokens) != (B, T):
+            raise ValueError(f"mask must be [B={B}, S={T}]; it was tiled for {(len(mask.end_BS), mask.num_tokens)}")
+        if window not in (None, mask.window):
+            raise ValueError(f"window={window}, but the mask was tiled for window={mask.window}; tile it with yours")
+    elif mask.shape != (B, T) or not jnp.issubdtype(mask.dtype, jnp.integer):
+        raise ValueError(f"mask must be ints [B={B}, S={T}]; got {mask.dtype} {mask.shape}")

@@ -1,4 +1,7 @@
-"""Attention under the mask `k <= q < end[k]`, against float64 NumPy that knows only who may see whom."""
+"""Every path of attention, forward and gradient, against float64 NumPy (oracle.py)."""
+
+import logging
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -7,79 +10,58 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kernels.attention.api import attention
+from kernels.attention import choice
+from kernels.attention.api import attention, why
+from kernels.attention.mask import segment_ends, tree_ends
+from kernels.attention.tiles import tile
+from tests.kernels.oracle import attend, forests, sees
 
 B, T, H = 2, 12, 4
 SCALE = H**-0.5
 # Float32 sums of at most T terms of size about 1: a few dozen roundings of 6e-8.
 ATOL = 1e-5
 seeded = settings(derandomize=True, deadline=None, max_examples=50)
-
-run = jax.jit(lambda q, k, v, mask: attention(q, k, v, mask=mask, scale=SCALE))
-
-
-@jax.jit
-def gradients(q, k, v, mask, w):
-    return jax.grad(lambda *qkv: jnp.sum(w * attention(*qkv, mask=mask, scale=SCALE)), (0, 1, 2))(q, k, v)
+PATHS = ["reference", "xla_chunked"]
 
 
-def draw(seed, num_heads=2, num_kv_heads=2, dtype=np.float32):
-    """q, k, v and the weight of each output in a scalar loss."""
+def call(path, q, k, v, end, window=None, softcap=None):
+    """(outputs, log-sum-exps); the chunked path in tiles of 4 queries and 2 keys."""
+    mask = tile(jnp.asarray(end), window=window, block_q=4, block_k=2) if path != "reference" else jnp.asarray(end)
+    options = {"mask": mask, "scale": SCALE, "window": window, "softcap": softcap}
+    return attention(q, k, v, **options, implementation=path, return_lse=True)
+
+
+run = jax.jit(call, static_argnums=(0, 5, 6))
+
+
+def _loss(q, k, v, path, end, w, u, window, softcap):
+    o, lse = call(path, q, k, v, end, window, softcap)
+    return jnp.sum(w * o) + jnp.sum(jnp.where(jnp.isfinite(lse), u * lse, 0.0))
+
+
+@partial(jax.jit, static_argnums=(0, 7, 8))
+def gradients(path, q, k, v, end, w, u, window=None, softcap=None):
+    return jax.grad(_loss, (0, 1, 2))(q, k, v, path, end, w, u, window, softcap)
+
+
+def draw(seed, num_heads=2, num_kv_heads=2, num_tokens=T):
+    """q, k, v and the weights of each output and log-sum-exp in a scalar loss."""
     rng = np.random.default_rng(seed)
-    shapes = [(B, T, n, H) for n in (num_heads, num_kv_heads, num_kv_heads, num_heads)]
-    return [rng.normal(size=shape).astype(dtype) for shape in shapes]
+    heads = (num_heads, num_kv_heads, num_kv_heads, num_heads)
+    arrays = [rng.normal(size=(B, num_tokens, n, H)).astype(np.float32) for n in heads]
+    return *arrays, rng.normal(size=(B, num_tokens, num_heads)).astype(np.float32)
 
 
-def sees(end_T):
-    """bool[T, T] by the definition: query q sees key k iff k <= q < end[k]."""
-    return np.array([[k <= q < end_T[k] for k in range(len(end_T))] for q in range(len(end_T))])
-
-
-def oracle(q, k, v, end, w=None):
-    """Outputs, and the gradients of sum(w * output) by q, k and v; a loop over rows and heads."""
-    q, k, v = (x.astype(np.float64) for x in (q, k, v))
-    G = q.shape[2] // k.shape[2]
-    o, dq, dk, dv = np.zeros_like(q), np.zeros_like(q), np.zeros_like(k), np.zeros_like(v)
-    for b in range(q.shape[0]):
-        mask = sees(end[b])
-        for n in range(q.shape[2]):
-            q_TH, k_SH, v_SH = q[b, :, n], k[b, :, n // G], v[b, :, n // G]
-            e = np.where(mask, np.exp(SCALE * q_TH @ k_SH.T), 0.0)
-            p = e / np.maximum(e.sum(-1, keepdims=True), 1e-300)
-            o[b, :, n] = p @ v_SH
-            if w is None:
-                continue
-            dp = w[b, :, n].astype(np.float64) @ v_SH.T
-            ds = SCALE * p * (dp - (p * dp).sum(-1, keepdims=True))
-            dq[b, :, n] = ds @ k_SH
-            dk[b, :, n // G] += ds.T @ q_TH
-            dv[b, :, n // G] += p.T @ w[b, :, n]
-    return o, (dq, dk, dv)
-
-
-@st.composite
-def forests(draw_from):
-    """(end i32[T], path of every position or None): trees of segments in preorder, then padding.
-
-    A path is the positions that a token may see: its segment so far and all segments above it.
-    """
-    end, paths = np.zeros(T, np.int32), [None] * T
-    num_tokens = draw_from(st.integers(0, T))
-    open_segments: list[list[int]] = []
-    position = 0
-    while position < num_tokens:
-        depth = draw_from(st.integers(0, len(open_segments)))
-        open_segments = open_segments[:depth]
-        length = draw_from(st.integers(1, num_tokens - position))
-        segment = list(range(position, position + length))
-        above = [t for other in open_segments for t in other]
-        for i, t in enumerate(segment):
-            paths[t] = above + segment[: i + 1]
-        open_segments.append(segment)
-        position += length
-        for t in (t for other in open_segments for t in other):
-            end[t] = position
-    return end, paths
+def check(path, seed, end, num_heads=2, num_kv_heads=2, window=None, softcap=None):
+    """Outputs, log-sum-exps and gradients equal the oracle's."""
+    q, k, v, w, u = draw(seed, num_heads, num_kv_heads, end.shape[1])
+    masks = [sees(row, window) for row in end]
+    expected_o, expected_lse, expected = attend(q, k, v, masks, SCALE, w, u, softcap)
+    o, lse = run(path, q, k, v, end, window, softcap)
+    np.testing.assert_allclose(o, expected_o, rtol=0, atol=ATOL)
+    np.testing.assert_allclose(lse, expected_lse, rtol=0, atol=ATOL)
+    for got, wanted in zip(gradients(path, q, k, v, end, w, u, window, softcap), expected, strict=True):
+        np.testing.assert_allclose(got, wanted, rtol=0, atol=4 * ATOL)
 
 
 def packed_example():
@@ -89,79 +71,224 @@ def packed_example():
     return np.array([shared, causal], np.int32)
 
 
-@pytest.mark.parametrize(("num_heads", "num_kv_heads"), [(1, 1), (4, 4), (4, 2), (4, 1), (6, 3)])
-def test_forward_and_gradient_at_every_gqa_ratio(num_heads, num_kv_heads):
-    q, k, v, w = draw(0, num_heads, num_kv_heads)
-    end = packed_example()
-    expected, expected_gradients = oracle(q, k, v, end, w)
-    np.testing.assert_allclose(run(q, k, v, end), expected, rtol=0, atol=ATOL)
-    for got, wanted in zip(gradients(q, k, v, end, w), expected_gradients, strict=True):
-        np.testing.assert_allclose(got, wanted, rtol=0, atol=4 * ATOL)
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize(("num_heads", "num_kv_heads"), [(1, 1), (4, 4), (4, 1), (6, 3)])
+def test_forward_and_gradient_at_every_gqa_ratio(path, num_heads, num_kv_heads):
+    check(path, 0, packed_example(), num_heads, num_kv_heads)
 
 
-@given(st.lists(forests(), min_size=B, max_size=B), st.integers(0, 2**16))
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("num_tokens", [1, 2, 3, 5, 7, 9])
+def test_any_length(path, num_tokens):
+    end = np.array([[num_tokens] * num_tokens, [min(2, num_tokens)] * min(2, num_tokens) + [0] * (num_tokens - 2)])
+    check(path, 1, end.astype(np.int32))
+
+
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("softcap", [None, 1.5])
+@given(rows=st.lists(forests(T), min_size=B, max_size=B), seed=st.integers(0, 2**16), window=st.sampled_from([None, 3]))
 @seeded
-def test_a_forest_is_its_paths_one_by_one(rows, seed):
+def test_forests_windows_and_softcaps(path, softcap, rows, seed, window):
+    check(path, seed, np.stack([end for end, _ in rows]), window=window, softcap=softcap)
+
+
+@pytest.mark.parametrize("path", PATHS)
+@given(rows=st.lists(forests(T), min_size=B, max_size=B), seed=st.integers(0, 2**16))
+@seeded
+def test_a_forest_is_its_paths_one_by_one(path, rows, seed):
     """Every token attends as the last one of its own causal sequence would; padding yields 0, without NaN."""
-    q, k, v, w = draw(seed)
-    end = np.stack([end for end, _ in rows])
-    o = np.asarray(run(q, k, v, end))
+    q, k, v, *_ = draw(seed)
+    o, lse = map(np.asarray, run(path, q, k, v, np.stack([end for end, _ in rows])))
     for b, (_, paths) in enumerate(rows):
-        for t, path in enumerate(paths):
-            if path is None:
+        for t, chain in enumerate(paths):
+            if chain is None:
                 assert not o[b, t].any()
+                assert (lse[b, t] == -np.inf).all()
                 continue
-            alone = [x[b : b + 1, path] for x in (q, k, v)]
-            expected, _ = oracle(*alone, np.full((1, len(path)), len(path)))
+            alone = [x[b : b + 1, chain] for x in (q, k, v)]
+            expected, _, _ = attend(*alone, [np.tri(len(chain), dtype=bool)], SCALE)
             np.testing.assert_allclose(o[b, t], expected[0, -1], rtol=0, atol=ATOL)
-    _, expected_gradients = oracle(q, k, v, end, w)
-    for got, wanted in zip(gradients(q, k, v, end, w), expected_gradients, strict=True):
-        np.testing.assert_allclose(got, wanted, rtol=0, atol=4 * ATOL)
 
 
-@given(st.lists(st.integers(-1, T + 1), min_size=T, max_size=T), st.integers(0, T - 1), st.integers(0, 2**16))
+@pytest.mark.parametrize("path", PATHS)
+@given(end=st.lists(st.integers(-1, T + 1), min_size=T, max_size=T), key=st.integers(0, T - 1), seed=st.integers(0, 99))
 @seeded
-def test_an_invisible_key_changes_no_bit(end_T, key, seed):
+def test_an_invisible_key_changes_no_bit(path, end, key, seed):
     """Under any mask, forest or not."""
-    q, k, v, _ = draw(seed)
-    end = np.array([end_T] * B, np.int32)
-    before = np.asarray(run(q, k, v, end))
+    q, k, v, *_ = draw(seed)
+    ends = np.array([end] * B, np.int32)
+    before = [np.asarray(x) for x in run(path, q, k, v, ends)]
     k[:, key] = 1e4
     v[:, key] = -1e4
-    after = np.asarray(run(q, k, v, end))
-    blind = ~sees(end_T)[:, key]
-    np.testing.assert_array_equal(before[:, blind], after[:, blind])
+    after = [np.asarray(x) for x in run(path, q, k, v, ends)]
+    blind = ~sees(end)[:, key]
+    for old, new in zip(before, after, strict=True):
+        np.testing.assert_array_equal(old[:, blind], new[:, blind])
 
 
-def test_rows_that_see_nothing_are_zero_with_zero_gradients():
-    q, k, v, w = draw(1)
+@pytest.mark.parametrize("path", PATHS)
+def test_answers_permute_freely(path):
+    """Two orders of a prompt's answers: the same outputs and gradients, moved."""
+    lengths, order = np.array([4, 3, 1, 2]), [2, 0, 1]
+    starts = np.cumsum(lengths) - lengths
+    answers = [np.arange(s, s + n) for s, n in zip(starts[1:], lengths[1:], strict=True)]
+    moved = np.concatenate([np.arange(4), *(answers[i] for i in order)])
+    one, two = (np.tile(tree_ends(x, [-1, 0, 0, 0]), (B, 1)) for x in (lengths, [4, *lengths[1:][order]]))
+    inputs = [x[:, :10] for x in draw(5)]
+    inputs_moved = [x[:, moved] for x in inputs]
+    q, k, v, w, u = inputs
+    qm, km, vm, wm, um = inputs_moved
+    results = (*run(path, q, k, v, one), *gradients(path, q, k, v, one, w, u))
+    moved_results = (*run(path, qm, km, vm, two), *gradients(path, qm, km, vm, two, wm, um))
+    for x, y in zip(results, moved_results, strict=True):
+        np.testing.assert_allclose(np.asarray(x)[:, moved], y, rtol=0, atol=ATOL)
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_a_group_split_in_two_rows_changes_nothing(path):
+    """A prompt with two answers in one row, or in two rows with a copy of the prompt each."""
+    P, one, two = np.arange(4), np.arange(4, 7), np.arange(7, 9)
+    q, k, v, w, u = (x[:1, :9] for x in draw(6))
+    w[:, P], u[:, P] = 0, 0
+    together = tree_ends([4, 3, 2], [-1, 0, 0])[None]
+    o, _ = run(path, q, k, v, together)
+    whole = [np.asarray(x) for x in gradients(path, q, k, v, together, w, u)]
+    summed = [np.zeros_like(x) for x in whole]
+    for answer in (one, two):
+        chain = np.concatenate([P, answer])
+        q1, k1, v1, w1, u1 = (x[:, chain] for x in (q, k, v, w, u))
+        end = np.full((1, len(chain)), len(chain), np.int32)
+        np.testing.assert_allclose(run(path, q1, k1, v1, end)[0], np.asarray(o)[:, chain], rtol=0, atol=ATOL)
+        for total, part in zip(summed, gradients(path, q1, k1, v1, end, w1, u1), strict=True):
+            total[:, chain] += part
+    for got, wanted in zip(whole, summed, strict=True):
+        np.testing.assert_allclose(got, wanted, rtol=0, atol=4 * ATOL)
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_rows_that_see_nothing_are_zero_with_zero_gradients(path):
+    q, k, v, w, u = draw(1)
     end = np.zeros((B, T), np.int32)
-    assert not np.asarray(run(q, k, v, end)).any()
-    for gradient in gradients(q, k, v, end, w):
+    o, lse = run(path, q, k, v, end)
+    assert not np.asarray(o).any()
+    assert (np.asarray(lse) == -np.inf).all()
+    for gradient in gradients(path, q, k, v, end, w, u):
         assert not np.asarray(gradient).any()
 
 
-def test_large_scores_do_not_overflow():
-    q, k, v, w = draw(2)
+@pytest.mark.parametrize("path", PATHS)
+def test_large_scores_do_not_overflow(path):
+    q, k, v, w, u = draw(2)
     end = packed_example()
     # Products of about 1e6, whose exponential no float holds; the softmax is then an argmax.
     q *= 1e4
     k *= 1e2
-    o = np.asarray(run(q, k, v, end))
+    o = np.asarray(run(path, q, k, v, end)[0])
     scores = np.where(sees(end[1]), SCALE * q[1, :, 0].astype(np.float64) @ k[1, :, 0].T, -np.inf)
     np.testing.assert_allclose(o[1, :, 0], v[1, scores.argmax(-1), 0], rtol=0, atol=ATOL)
-    assert all(np.isfinite(gradient).all() for gradient in gradients(q, k, v, end, w))
+    assert all(np.isfinite(gradient).all() for gradient in gradients(path, q, k, v, end, w, u))
 
 
-def test_bfloat16_keeps_float32_softmax():
+@pytest.mark.parametrize("path", PATHS)
+def test_bfloat16_keeps_float32_softmax(path):
     inputs = [jnp.asarray(x, jnp.bfloat16) for x in draw(3, 4, 2)]
-    q, k, v, _ = (np.asarray(x, np.float32) for x in inputs)
+    q, k, v, w, u = (np.asarray(x, np.float32) for x in inputs)
     end = packed_example()
-    got = run(*inputs[:3], end)
-    assert got.dtype == jnp.bfloat16
+    got, lse = run(path, *inputs[:3], end)
+    assert (got.dtype, lse.dtype) == (jnp.bfloat16, jnp.float32)
     # Weights and outputs are rounded to 8 bits (relative 2**-9 each); scores are not.
-    expected, _ = oracle(q, k, v, end)
+    expected, expected_lse, expected_gradients = attend(q, k, v, [sees(row) for row in end], SCALE, w, u)
     np.testing.assert_allclose(np.asarray(got, np.float64), expected, rtol=0, atol=2**-7 * np.abs(v).max())
+    np.testing.assert_allclose(lse, expected_lse, rtol=0, atol=ATOL)
+    for gradient, wanted in zip(gradients(path, *inputs[:3], end, *inputs[3:]), expected_gradients, strict=True):
+        error = np.linalg.norm(np.asarray(gradient, np.float64) - wanted) / np.linalg.norm(wanted)
+        assert error < 1e-2
+
+
+def test_invisible_tiles_are_never_read():
+    """Keys and values that are NaN reach nobody through a tile that no query sees, in neither pass.
+
+    A path that computes a tile and masks it afterwards fails: 0 * NaN is NaN.
+    """
+    q, k, v, w, u = draw(4)
+    end = np.tile(segment_ends(np.repeat([1, 2, 0], 4)), (B, 1))
+    for x in (q, k, v, w, u):
+        x[:, 8:] = np.nan
+    o, lse = run("xla_chunked", q, k, v, end)
+    assert np.isfinite(np.asarray(o)[:, :8]).all()
+    assert np.isfinite(np.asarray(lse)[:, :8]).all()
+    k[:, :4] = np.nan
+    assert np.isfinite(np.asarray(run("xla_chunked", q, k, v, end)[0])[:, 4:8]).all()
+    q, k, v, w, u = draw(4)
+    k[:, 8:] = np.nan
+    for gradient in gradients("xla_chunked", q, k, v, end, w, u):
+        assert np.isfinite(gradient).all()
+    assert np.isnan(np.asarray(gradients("reference", q, k, v, end, w, u)[0])).any(), "the test would miss it"
+
+
+def test_memory_of_tiles_is_linear():
+    """Scratch of forward and backward at twice the length: twice as much, where dense scores take four times."""
+
+    def scratch_bytes(path, num_tokens):
+        q = jax.ShapeDtypeStruct((1, num_tokens, 2, 16), jnp.float32)
+        end = jax.ShapeDtypeStruct((1, num_tokens), jnp.int32)
+
+        def loss(q, k, v, end):
+            return jnp.sum(attention(q, k, v, mask=end, scale=1.0, implementation=path))
+
+        compiled = jax.jit(jax.grad(loss, (0, 1, 2))).lower(q, q, q, end).compile()
+        return compiled.memory_analysis().temp_size_in_bytes
+
+    growth = {path: scratch_bytes(path, 4096) / scratch_bytes(path, 2048) for path in PATHS}
+    assert growth["xla_chunked"] < 2.2
+    assert growth["reference"] > 3
+
+
+def test_causal_needs_no_array():
+    q, k, v, *_ = draw(7)
+    expected, _ = run("reference", q, k, v, np.full((B, T), T, np.int32))
+    for path in PATHS:
+        got = attention(q, k, v, mask="causal", scale=SCALE, implementation=path)
+        np.testing.assert_allclose(got, expected, rtol=0, atol=ATOL)
+
+
+def request_for(**changes):
+    fields = {"num_tokens": 8192, "head_dim": 128, "dtype": "bfloat16", "causal": True, "window": None}
+    return choice.Request(**(fields | {"softcap": None, "return_lse": False, "backend": "gpu"} | changes))
+
+
+@pytest.mark.parametrize(
+    ("changes", "path", "reason"),
+    [
+        ({}, "cudnn", "plain causal rows on an NVIDIA GPU"),
+        ({"num_tokens": 128}, "reference", "rows of 128 tokens are at most one tile"),
+        ({"backend": "cpu"}, "xla_chunked", "not cudnn: it needs an NVIDIA GPU and the backend is cpu"),
+        ({"causal": False}, "xla_chunked", "the mask is an array"),
+        ({"window": 4}, "xla_chunked", "no window"),
+        ({"softcap": 4.0}, "xla_chunked", "no window, softcap"),
+        ({"return_lse": True}, "xla_chunked", "return_lse"),
+        ({"dtype": "float32"}, "xla_chunked", "the inputs are float32"),
+        ({"head_dim": 256}, "xla_chunked", "H=256"),
+    ],
+)
+def test_auto_chooses_by_device_and_request(changes, path, reason):
+    got, why_so = choice.choose("auto", request_for(**changes))
+    assert got == path
+    assert reason in why_so
+    if path == "xla_chunked":
+        with pytest.raises(ValueError, match="implementation='cudnn' cannot serve this: .*"):
+            choice.choose("cudnn", request_for(**changes))
+
+
+def test_why_names_the_path_and_the_log_says_it_once(caplog):
+    q = jax.ShapeDtypeStruct((1, 1000, 2, H), jnp.float32)
+    line = why(q, mask="causal")
+    assert line.startswith("xla_chunked: it skips invisible tiles on any device; not cudnn: it needs an NVIDIA GPU")
+    choice.log_once.cache_clear()
+    with caplog.at_level(logging.INFO, "kernels"):
+        for _ in range(2):
+            jax.eval_shape(lambda q: attention(q, q, q, mask="causal", scale=1.0), q)
+    assert [record.getMessage() for record in caplog.records] == [f"attention takes {line}"]
 
 
 @pytest.mark.parametrize(
@@ -174,11 +301,29 @@ def test_bfloat16_keeps_float32_softmax():
         ({"mask": (B, T - 1)}, "mask must be"),
         ({"mask": (T,)}, "mask must be"),
         ({"implementation": "fast"}, "implementation='fast'; allowed: 'auto', 'reference'"),
+        ({"implementation": "cudnn"}, "implementation='cudnn' cannot serve this: it needs an NVIDIA GPU"),
+        ({"softcap": 0.0}, "softcap=0.0; allowed"),
+        ({"window": 0}, "window=0; allowed"),
     ],
 )
 def test_what_does_not_fit_is_refused(change, message):
     shapes = {"q": (B, T, 4, H), "k": (B, T, 2, H), "v": (B, T, 2, H), "mask": (B, T)} | change
-    implementation = shapes.pop("implementation", "auto")
+    options = {name: shapes.pop(name) for name in ("implementation", "softcap", "window") if name in shapes}
     q, k, v, mask = (np.zeros(shape, np.float32) for shape in shapes.values())
     with pytest.raises(ValueError, match=message):
-        attention(q, k, v, mask=mask.astype(np.int32), scale=SCALE, implementation=implementation)
+        attention(q, k, v, mask=mask.astype(np.int32), scale=SCALE, **options)
+
+
+def test_masks_and_dtypes_that_do_not_fit_are_refused():
+    q, k, v, *_ = draw(0)
+    tiled = tile(jnp.full((B, T), T), window=3)
+    for mask, options, message in (
+        ("full", {}, "mask='full'; allowed: \"causal\""),
+        (np.zeros((B, T), np.float32), {}, "mask must be ints"),
+        (tile(jnp.full((B, T + 1), T)), {}, r"it was tiled for \(2, 13\)"),
+        (tiled, {"window": 4}, "window=4, but the mask was tiled for window=3"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            attention(q, k, v, mask=mask, scale=SCALE, **options)
+    with pytest.raises(ValueError, match="must share one dtype"):
+        attention(q, k.astype(np.float16), v, mask="causal", scale=SCALE)
