@@ -15,6 +15,7 @@ from jorch.model.transformer import Qwen3
 from jorch.sharding import MESH_AXES
 from jorch.train.logprobs import token_logprobs
 from jorch.types import PackedBatch, Sample
+from kernels.attention.api import why
 
 # Two layers of float32 sums of up to 64 terms of size about 1, each rounded to 6e-8 of itself.
 ATOL = 2e-5
@@ -51,6 +52,18 @@ def test_logits_equal_the_float64_model(changes, tiny_config, random_params, qwe
     model = Qwen3(tiny_config(**changes))
     params = random_params(model)
     token_ids = sequence(0, 20)
+    expected = qwen3_logits(params, model.config, token_ids)
+    np.testing.assert_allclose(
+        logits_of(model, params, token_ids), expected, rtol=0, atol=ATOL * np.abs(expected).max()
+    )
+
+
+def test_rows_longer_than_a_tile_equal_the_float64_model(tiny, qwen3_logits):
+    """They attend tile by tile; short rows do not."""
+    model, params = tiny
+    token_ids = sequence(2, 300)
+    q = jax.ShapeDtypeStruct((1, 300, 4, 8), "float32")
+    assert why(q, mask="causal").startswith("xla_chunked")
     expected = qwen3_logits(params, model.config, token_ids)
     np.testing.assert_allclose(
         logits_of(model, params, token_ids), expected, rtol=0, atol=ATOL * np.abs(expected).max()
