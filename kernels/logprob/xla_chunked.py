@@ -4,8 +4,8 @@ Logits are products of the inputs as they are, summed and kept in float32: with 
 log-probability is exact to float32's rounding of the sum, which importance ratios need. The backward pass forms the
 logits of a chunk again, and from them the gradient of the chunk.
 
-Nothing indexes the vocabulary: a target's logit is picked by comparison, so that a vocabulary sharded over devices
-stays where it is and only sums over it travel.
+Rows stay apart and the vocabulary whole in every operation, so that XLA leaves both where they are sharded: maxima
+and sums over the vocabulary are all that travels.
 
 Letters: B rows, T positions, C positions of a chunk, D model, V vocabulary.
 """
@@ -26,8 +26,7 @@ def forward(
         weights_BCV = jnp.exp(logits_BCV - top_BC[..., None])
         total_BC = jnp.sum(weights_BCV, axis=-1)
         normalizer_BC = top_BC + jnp.log(total_BC)
-        hit_BCV = _hits(target_BC, logits_BCV)
-        logprob_BC = jnp.sum(jnp.where(hit_BCV, logits_BCV, 0.0), axis=-1) - normalizer_BC
+        logprob_BC = jnp.take_along_axis(logits_BCV, target_BC[..., None], axis=-1)[..., 0] - normalizer_BC
         if not with_entropy:
             return logprob_BC, jnp.zeros_like(logprob_BC), normalizer_BC
         # Around the maximum: the terms are small where the weights are large, so that little cancels.
