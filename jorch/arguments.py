@@ -22,7 +22,7 @@ ABOUT = {
     "export": "write a run's model as Hugging Face safetensors with its tokenizer",
     "tools-server": "serve tools, experts and environments over HTTP",
     "serve": "serve an exported model with vLLM, checked against the trainer's own numbers",
-    "bench": "measure where the time of a training step goes",
+    "bench": "measure where the time of a training step goes, or the kernels",
 }
 RESUMABLE = ("sft", "rl")
 
@@ -80,8 +80,16 @@ def _plain_parser(command: str) -> argparse.ArgumentParser:
             "--widen-heads", action="store_true", help="pad heads to a multiple of 32, as vLLM needs them on CPUs"
         )
     else:
-        parser.add_argument("what", choices=["loop"], help="loop: an RL step of the quickstart's model")
+        what = "loop: an RL step of the quickstart's model; kernels: attention and log-probabilities"
+        parser.add_argument("what", choices=["loop", "kernels"], help=what)
         parser.add_argument("--json", type=Path, metavar="FILE", help="write the numbers there as well")
+        parser.add_argument(
+            "--tokens",
+            type=_row_tokens,
+            nargs="+",
+            metavar="N",
+            help="kernels: lengths of attention's rows, in tokens; default 1024 2048 on a CPU, else 4096 to 131072",
+        )
     return parser
 
 
@@ -114,6 +122,12 @@ def _parse_serve(words: list[str]) -> argparse.Namespace:
     )
     parser.add_argument("--log", type=Path, default=Path("vllm.log"), metavar="FILE", help="vLLM's output, appended")
     return parser.parse_args(words[:cut])
+
+
+def _row_tokens(text: str) -> int:
+    if not text.isdecimal() or int(text) < 64:
+        raise argparse.ArgumentTypeError(f"got {text!r}; allowed: whole numbers from 64 tokens")
+    return int(text)
 
 
 def _config_parser(command: str, model: type[BaseModel]) -> argparse.ArgumentParser:

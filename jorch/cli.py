@@ -84,9 +84,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 
                 vllm.serve(vllm.options(options), options.log)
             case "bench":
-                from jorch import bench
+                from jorch import bench, kernel_bench
 
-                bench.run_loop(options.json)
+                if options.what == "kernels":
+                    kernel_bench.run(options.json, options.tokens)
+                else:
+                    bench.run_loop(options.json)
             case "tools-server":
                 _become_tool_server(options)
     except (Exception, KeyboardInterrupt) as error:

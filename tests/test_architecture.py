@@ -19,7 +19,7 @@ RANKS = {
     **dict.fromkeys(("model", "data", "checkpoint"), 2),
     **dict.fromkeys(("rollout", "train", "export", "serving"), 3),
     **dict.fromkeys(("rl", "synth", "evals"), 4),
-    **dict.fromkeys(("quickstart", "bench"), 5),
+    **dict.fromkeys(("quickstart", "bench", "kernel_bench"), 5),
     **dict.fromkeys(("cli", "arguments"), 6),
 }
 """A part of jorch may import parts of lower rank, and itself; parts of rank 1 and 6 also each other."""
@@ -38,6 +38,7 @@ BRIDGES = {
 
 KERNEL_USERS = {
     "jorch/data/packing.py": "kernels.attention.mask",  # NumPy only
+    "jorch/kernel_bench.py": "kernels.bench",
     "jorch/model/attention.py": "kernels",
     "jorch/model/decode.py": "kernels",
     "jorch/train/logprobs.py": "kernels",
@@ -54,7 +55,15 @@ WITHOUT_JAX = (
     "jorch/synth/miniature.py",
     "tools_server/**/*.py",
 )
-WITH_JAX = {"checkpoint.py", "sharding.py", "quickstart.py", "bench.py", "jax_sampler.py", "row_batch.py"}
+WITH_JAX = {
+    "checkpoint.py",
+    "sharding.py",
+    "quickstart.py",
+    "bench.py",
+    "kernel_bench.py",
+    "jax_sampler.py",
+    "row_batch.py",
+}
 """Of the files above, those that may import it after all."""
 
 HEAVY = {"torch", "transformers", "vllm", "tokamax", "mcp", "tensorboard", "tensorboardX", "tau2"}

@@ -81,6 +81,7 @@ def test_help_lists_every_command() -> None:
         (("rl", RL, "--dry-run", "seed=x"), "command line: 'seed' is the text 'x'; must be a valid integer"),
         (("export", "runs/a"), "the following arguments are required: --out"),
         (("bench", "lop"), "argument what: invalid choice: 'lop'"),
+        (("bench", "kernels", "--tokens", "8"), "argument --tokens: got '8'; allowed: whole numbers from 64 tokens"),
         (("tools-server", "nowhere.yaml"), "nowhere.yaml: no such file"),
     ],
 )

@@ -1,0 +1,107 @@
+"""`jorch bench kernels`: the table, JSON and plot of what `kernels.bench` measures."""
+
+import datetime
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import jax
+from rich.console import Console
+from rich.table import Table
+
+from jorch.metrics import stage
+from jorch.run_folder import atomic_write
+from jorch.versions import versions
+from kernels.bench import NUM_TIMINGS, Timing, measure, shapes_here
+
+
+def run(json_path: Path | None, tokens: list[int] | None) -> None:
+    """Measure, print the table, and write the same numbers to `json_path` and a plot beside it."""
+    shapes = shapes_here()
+    if tokens:
+        shapes = shapes._replace(attention_tokens=tuple(tokens))
+    if jax.default_backend() == "cpu":
+        print("no accelerator here: small shapes on the CPU, which say nothing about a GPU or TPU")
+    timings = []
+    with stage("kernels") as progress:
+        for timing in measure(shapes):
+            timings.append(timing)
+            progress.advance()
+    device = f"{jax.devices()[0].device_kind}, {os.cpu_count()} CPU cores"
+    print_table(timings, f"{device}, {shapes.dtype}, {datetime.date.today()}")
+    if json_path is not None:
+        measured: dict[str, Any] = {"device": device, "date": datetime.date.today().isoformat()}
+        measured |= {"versions": versions(), "shapes": shapes._asdict(), "num_timings": NUM_TIMINGS}
+        measured["timings"] = [
+            t.line._asdict() | {k: v for k, v in t._asdict().items() if k != "line"} for t in timings
+        ]
+        atomic_write(json_path, json.dumps(measured, indent=1) + "\n")
+        plot(timings, device, json_path.with_suffix(".png"))
+        print(f"written: {json_path}, {json_path.with_suffix('.png')}")
+
+
+def print_table(timings: list[Timing], device: str) -> None:
+    """One row for each path of a case, its passes beside each other."""
+    caption = (
+        "median ± half of the interquartile range; rates and scratch of both passes, dense eq. as if the row were "
+        f"causal\n{device}, {NUM_TIMINGS} timings each"
+    )
+    table = Table(caption=caption, caption_justify="left")
+    for title in ("", "tokens", "path"):
+        table.add_column(title, no_wrap=True)
+    for title in ("forward, ms", "backward, ms", "both, ms", "GFLOP/s", "dense eq.", "scratch, MB", "error"):
+        table.add_column(title, justify="right")
+    before = None
+    for (case, num_tokens, path), passes in _rows(timings).items():
+        if before not in (None, (case, num_tokens)):
+            table.add_section()
+        before, both = (case, num_tokens), passes["both"]
+        table.add_row(
+            case,
+            f"{num_tokens:,}",
+            path,
+            *(_milliseconds(passes[direction]) for direction in ("forward", "backward", "both")),
+            f"{both.visible_flops_s / 1e9:,.3g}",
+            f"{both.dense_flops_s / 1e9:,.3g}",
+            f"{both.scratch_bytes / 1e6:,.3g}",
+            f"{both.line.error:.0e}",
+        )
+    Console(width=None if sys.stdout.isatty() else 140).print(table)
+
+
+def _rows(timings: list[Timing]) -> dict[tuple[str, int, str], dict[str, Timing]]:
+    rows: dict[tuple[str, int, str], dict[str, Timing]] = {}
+    for t in timings:
+        key = (f"{t.line.kernel}, {t.line.case}", t.line.num_tokens, t.line.path)
+        rows.setdefault(key, {})[t.line.direction] = t
+    return rows
+
+
+def _milliseconds(timing: Timing) -> str:
+    return f"{1e3 * timing.median_s:,.3g} ±{500 * (timing.q75_s - timing.q25_s):,.2g}"
+
+
+def plot(timings: list[Timing], device: str, path: Path) -> None:
+    """Time of both passes over length, one panel a mask."""
+    from matplotlib.figure import Figure
+
+    shown = [t for t in timings if (t.line.kernel, t.line.direction) == ("attention", "both")]
+    cases = list(dict.fromkeys(t.line.case for t in shown))
+    figure = Figure(figsize=(4 * len(cases), 3.5), layout="constrained")
+    panels = figure.subplots(1, len(cases), sharey=True, squeeze=False)[0]
+    for panel, case in zip(panels, cases, strict=True):
+        lines: dict[str, list[Timing]] = {}
+        for t in shown:
+            if t.line.case == case:
+                lines.setdefault(t.line.path, []).append(t)
+        for name, points in lines.items():
+            spread = [[t.median_s - t.q25_s for t in points], [t.q75_s - t.median_s for t in points]]
+            tokens, seconds = [t.line.num_tokens for t in points], [t.median_s for t in points]
+            panel.errorbar(tokens, seconds, yerr=spread, label=name, marker="o")
+        panel.set(title=case, xlabel="tokens", xscale="log", yscale="log")
+    panels[0].set_ylabel("forward and backward, s")
+    panels[0].legend()
+    figure.suptitle(f"attention on {device}")
+    figure.savefig(path, dpi=120)
