@@ -100,7 +100,7 @@ def _attention_paths(case: str, num_tokens: int, shapes: Shapes) -> dict[str, Fu
     """Functions (q, k, v) -> o by the name that the table shows: ours and jax.nn's."""
     end = jnp.asarray(MASKS[case](num_tokens)[None])
     scale = shapes.H**-0.5
-    tiled, mask = tile(end), "causal" if case == "causal" else end
+    tiled, mask = jax.jit(tile)(end), "causal" if case == "causal" else end
 
     def ours(implementation: Any, mask: Any) -> Function:
         return lambda q, k, v: attention(q, k, v, mask=mask, scale=scale, implementation=implementation)
@@ -110,7 +110,7 @@ def _attention_paths(case: str, num_tokens: int, shapes: Shapes) -> dict[str, Fu
     if why(q, mask=mask).startswith("cudnn"):
         paths["cudnn"] = ours("cudnn", mask)
     if 8 * shapes.N * num_tokens**2 < DENSE_BYTES:
-        seen = visible(end)[:, None]
+        seen = jax.jit(visible)(end)[:, None]
         paths["jax.nn, dense mask"] = lambda q, k, v: jax.nn.dot_product_attention(q, k, v, mask=seen, scale=scale)
     return paths
 
@@ -119,14 +119,14 @@ def _logprob(shapes: Shapes, num_timings: int) -> Iterator[Timing]:
     D, V = shapes.D, shapes.V
 
     def paths(num_tokens: int) -> dict[str, Function]:
-        targets = jax.random.randint(jax.random.key(0), (1, num_tokens), 0, V)
+        targets = jnp.asarray(np.random.default_rng(0).integers(0, V, (1, num_tokens), np.int32))
         found: dict[str, Function] = {"xla_chunked": lambda h, w: linear_logprob(h, w, targets)[0]}
         if 12 * num_tokens * V < DENSE_BYTES:
             found["reference"] = lambda h, w: log_probabilities(h, w, targets)[0]
         return found
 
     def draw(num_tokens: int) -> list[jax.Array]:
-        hidden, unembedding = _normal((1, num_tokens, D), shapes.dtype, 0), _normal((V, D), shapes.dtype, 1) / D**0.5
+        hidden, unembedding = _normal((1, num_tokens, D), shapes.dtype, 0), _normal((V, D), shapes.dtype, 1, D**-0.5)
         return [hidden, unembedding, _normal((1, num_tokens), "float32", 2)]
 
     checked = min(shapes.logprob_tokens, CHECKED_TOKENS)
@@ -145,13 +145,15 @@ def _error(exact: Function, function: Function, *inputs_and_cotangent: jax.Array
     *inputs, cotangent = inputs_and_cotangent
     wanted = _both(exact)(*(x.astype(jnp.float32) for x in inputs), cotangent=cotangent.astype(jnp.float32))
     got = _both(function)(*inputs, cotangent=cotangent)
-    distances = [
-        float(jnp.linalg.norm((x.astype(jnp.float32) - y).ravel()) / jnp.linalg.norm(y.ravel()))
-        for x, y in zip(jax.tree.leaves(got), jax.tree.leaves(wanted), strict=True)
-    ]
+    pairs = zip(jax.tree.leaves(got), jax.tree.leaves(wanted), strict=True)
+    distances = [_distance(np.asarray(x, np.float32), np.asarray(y)) for x, y in pairs]
     most = MOST_ERROR[str(inputs[0].dtype)]
     assert max(distances) < most, f"a path is off by {max(distances):.1e}, more than {most}"
     return max(distances)
+
+
+def _distance(x: np.ndarray, y: np.ndarray) -> float:
+    return float(np.linalg.norm(x - y) / np.linalg.norm(y))
 
 
 def _both(function: Function) -> Callable[..., tuple[jax.Array, tuple]]:
@@ -195,5 +197,6 @@ def _timing(line: Line, measured: tuple[np.ndarray, int], flops: float, dense_fl
     return Timing(line, median_s, q25_s, q75_s, flops / median_s, dense_flops / median_s, scratch_bytes)
 
 
-def _normal(shape: tuple[int, ...], dtype: str, seed: int) -> jax.Array:
-    return jax.random.normal(jax.random.key(seed), shape, jnp.float32).astype(dtype)
+def _normal(shape: tuple[int, ...], dtype: str, seed: int, scale: float = 1.0) -> jax.Array:
+    drawn = np.random.default_rng(seed).standard_normal(shape, np.float32)
+    return jnp.asarray(scale * drawn, dtype)

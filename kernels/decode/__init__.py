@@ -1,0 +1,1 @@
+"""Attention of newly sampled tokens over a cache of keys and values."""
