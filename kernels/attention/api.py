@@ -122,7 +122,8 @@ def _by_tiles_forward(
 
 def _by_tiles_backward(scale: float, softcap: float | None, saved: tuple, gradients: tuple) -> tuple:
     q, k, v, mask, o, lse = saved
-    return *xla_chunked.backward(q, k, v, mask, scale, softcap, o, lse, *gradients), None
+    dq, dk, dv = xla_chunked.backward(q, k, v, mask, scale, softcap, o, lse, *gradients)
+    return dq.astype(q.dtype), dk.astype(k.dtype), dv.astype(v.dtype), None
 
 
 _by_tiles.defvjp(_by_tiles_forward, _by_tiles_backward)

@@ -26,6 +26,7 @@ class TiledMask:
     num_k_BI: jax.Array  # i32
     q_tiles_BJI: jax.Array  # i32, the query tiles that see each key tile
     num_q_BJ: jax.Array  # i32
+    place_BI: jax.Array  # i32, where in its row each query tile lies: its own index, unless devices share rows
     num_tokens: int  # T, before padding
     window: int | None
     block_q: int
@@ -34,30 +35,43 @@ class TiledMask:
 
 jax.tree_util.register_dataclass(
     TiledMask,
-    data_fields=["end_BS", "depth_BS", "k_tiles_BIJ", "num_k_BI", "q_tiles_BJI", "num_q_BJ"],
+    data_fields=["end_BS", "depth_BS", "k_tiles_BIJ", "num_k_BI", "q_tiles_BJI", "num_q_BJ", "place_BI"],
     meta_fields=["num_tokens", "window", "block_q", "block_k"],
 )
 
 
-def tile(end_BS: jax.Array, *, window: int | None = None, block_q: int = BLOCK_Q, block_k: int = BLOCK_K) -> TiledMask:
+def tile(
+    end_BS: jax.Array,
+    *,
+    window: int | None = None,
+    block_q: int = BLOCK_Q,
+    block_k: int = BLOCK_K,
+    place_BI: jax.Array | None = None,
+) -> TiledMask:
     """The tile lists of a mask i32[B, S].
 
     Args:
         window: a token sees at most this many tokens of its own path, itself included; None = all.
         block_q: queries of a tile.
         block_k: keys of a tile; one block size must be a multiple of the other.
+        place_BI: the query tiles at hand, by their place in the row; None = all of them in order.
+
+    Raises:
+        ValueError: block sizes that do not nest.
     """
     if max(block_q, block_k) % min(block_q, block_k):
         raise ValueError(f"block_q={block_q} and block_k={block_k}: one must be a multiple of the other")
-    num_tokens = end_BS.shape[1]
+    B, num_tokens = end_BS.shape
     end_BS = jnp.pad(end_BS, ((0, 0), (0, -num_tokens % max(block_q, block_k))))
+    if place_BI is None:
+        place_BI = jnp.broadcast_to(
+            jnp.arange(end_BS.shape[1] // block_q, dtype=jnp.int32), (B, end_BS.shape[1] // block_q)
+        )
     depth_BS = depths(end_BS)
     active_BIJ = active_tiles(end_BS, depth_BS, window, block_q, block_k)
-    k_tiles_BIJ, num_k_BI = _lists(active_BIJ)
-    q_tiles_BJI, num_q_BJ = _lists(active_BIJ.swapaxes(1, 2))
-    return TiledMask(
-        end_BS, depth_BS, k_tiles_BIJ, num_k_BI, q_tiles_BJI, num_q_BJ, num_tokens, window, block_q, block_k
-    )
+    active_BIJ = jnp.take_along_axis(active_BIJ, place_BI[..., None], axis=1)
+    lists = (*_lists(active_BIJ), *_lists(active_BIJ.swapaxes(1, 2)))
+    return TiledMask(end_BS, depth_BS, *lists, place_BI, num_tokens, window, block_q, block_k)
 
 
 def active_tiles(end_BS: jax.Array, depth_BS: jax.Array, window: int | None, block_q: int, block_k: int) -> jax.Array:

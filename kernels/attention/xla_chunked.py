@@ -21,11 +21,12 @@ class _Row(NamedTuple):
 
     end_JC: jax.Array
     depth_JC: jax.Array
-    depth_IX: jax.Array  # X queries of a tile
+    depth_IX: jax.Array  # by the tiles' places; X queries of a tile
     k_tiles_IJ: jax.Array
     num_k_I: jax.Array
     q_tiles_JI: jax.Array
     num_q_J: jax.Array
+    place_I: jax.Array
 
 
 @dataclass(frozen=True)
@@ -46,11 +47,11 @@ class _Rule:
 
     def visible(self, row: _Row, i: jax.Array, j: jax.Array) -> jax.Array:
         """bool[Q, C]: what the queries of tile `i` see of the keys of tile `j`."""
-        q_X1 = (i * self.block_q + jnp.arange(self.block_q))[:, None]
+        q_X1 = (row.place_I[i] * self.block_q + jnp.arange(self.block_q))[:, None]
         k_1C = (j * self.block_k + jnp.arange(self.block_k))[None, :]
         seen_XC = (k_1C <= q_X1) & (q_X1 < row.end_JC[j])
         if self.window is not None:
-            seen_XC &= row.depth_IX[i][:, None] - row.depth_JC[j] < self.window
+            seen_XC &= row.depth_IX[row.place_I[i]][:, None] - row.depth_JC[j] < self.window
         return jnp.tile(seen_XC, (self.num_groups, 1))
 
 
@@ -58,7 +59,7 @@ def forward(
     q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, mask: TiledMask, scale: float, softcap: float | None
 ) -> tuple[jax.Array, jax.Array]:
     """Outputs [B, T, N, H] and log-sum-exp f32[B, T, N], as `reference.attention_with_lse`."""
-    T, N, K = mask.num_tokens, q_BTNH.shape[2], k_BSKH.shape[2]
+    T, N, K = *q_BTNH.shape[1:3], k_BSKH.shape[2]
     rule, rows = _rule(mask, scale, softcap, N // K), _rows(mask)
     # The same for all rows, so that a loop ends for all of them at once: a mapped loop of its own length for each row
     # would select between whole carries at every step.
@@ -88,8 +89,8 @@ def forward(
 
         return jax.lax.map(of_q_tile, (jnp.arange(len(q_IKQH)), q_IKQH, row.k_tiles_IJ, row.num_k_I, num_steps_I))
 
-    padded, (q, k, v) = mask.end_BS.shape[1], (q_BTNH, k_BSKH, v_BSKH)
-    q, (k, v) = _cut(q, K, mask.block_q, padded), (_cut(x, K, mask.block_k, padded) for x in (k, v))
+    q = _cut(q_BTNH, K, mask.block_q, mask.num_k_BI.shape[1])
+    k, v = (_cut(x, K, mask.block_k, mask.num_q_BJ.shape[1]) for x in (k_BSKH, v_BSKH))
     o_BIKQH, lse_BIKQ = jax.vmap(of_row)(rows, q, k, v)
     return _join(o_BIKQH, N, T), _join(lse_BIKQ[..., None], N, T)[..., 0]
 
@@ -106,8 +107,8 @@ def backward(
     do_BTNH: jax.Array,
     dlse_BTN: jax.Array,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """The gradients of q, k and v, given those of the outputs and of the log-sum-exp."""
-    T, N, K = mask.num_tokens, q_BTNH.shape[2], k_BSKH.shape[2]
+    """The gradients of q, k and v in float32, given those of the outputs and of the log-sum-exp."""
+    (T, N), (S, K) = q_BTNH.shape[1:3], k_BSKH.shape[1:3]
     rule, rows = _rule(mask, scale, softcap, N // K), _rows(mask)
     num_steps_J = mask.num_q_BJ.max(0)
     # d loss / d score = p * (dp - delta): delta is what the softmax's normalisation takes off.
@@ -136,17 +137,17 @@ def backward(
 
             zeros_KCH = jnp.zeros(k_KCH.shape, jnp.float32)
             dq_IKQH, dk_KCH, dv_KCH = jax.lax.fori_loop(0, num_steps, step, (dq_IKQH, zeros_KCH, zeros_KCH))
-            return dq_IKQH, (dk_KCH.astype(k_KCH.dtype), dv_KCH.astype(v_KCH.dtype))
+            return dq_IKQH, (dk_KCH, dv_KCH)
 
         xs = (jnp.arange(len(k_JKCH)), k_JKCH, v_JKCH, row.q_tiles_JI, row.num_q_J, num_steps_J)
         dq_IKQH, (dk_JKCH, dv_JKCH) = jax.lax.scan(of_k_tile, jnp.zeros(q_IKQH.shape, jnp.float32), xs)
-        return dq_IKQH.astype(q_IKQH.dtype), dk_JKCH, dv_JKCH
+        return dq_IKQH, dk_JKCH, dv_JKCH
 
-    padded, by_query = mask.end_BS.shape[1], (q_BTNH, do_BTNH, lse_BTN[..., None], delta_BTN[..., None])
-    q, do, lse, delta = (_cut(x, K, mask.block_q, padded) for x in by_query)
-    k, v = (_cut(x, K, mask.block_k, padded) for x in (k_BSKH, v_BSKH))
+    by_query = (q_BTNH, do_BTNH, lse_BTN[..., None], delta_BTN[..., None])
+    q, do, lse, delta = (_cut(x, K, mask.block_q, mask.num_k_BI.shape[1]) for x in by_query)
+    k, v = (_cut(x, K, mask.block_k, mask.num_q_BJ.shape[1]) for x in (k_BSKH, v_BSKH))
     dq, dk, dv = jax.vmap(of_row)(rows, q, k, v, do, lse, delta)
-    return _join(dq, N, T), _join(dk, K, T), _join(dv, K, T)
+    return _join(dq, N, T), _join(dk, K, S), _join(dv, K, S)
 
 
 def _dot(spec: str, left: jax.Array, right: jax.Array) -> jax.Array:
@@ -168,13 +169,14 @@ def _rows(mask: TiledMask) -> _Row:
         mask.num_k_BI,
         mask.q_tiles_BJI,
         mask.num_q_BJ,
+        mask.place_BI,
     )
 
 
-def _cut(x_BTNH: jax.Array, num_kv_heads: int, block: int, padded: int) -> jax.Array:
+def _cut(x_BTNH: jax.Array, num_kv_heads: int, block: int, num_tiles: int) -> jax.Array:
     """Tiles [B, I, K, Q, H], zeros at the end."""
     B, T, N, H = x_BTNH.shape
-    x = jnp.pad(x_BTNH, ((0, 0), (0, padded - T), (0, 0), (0, 0)))
+    x = jnp.pad(x_BTNH, ((0, 0), (0, num_tiles * block - T), (0, 0), (0, 0)))
     x = x.reshape(B, -1, block, num_kv_heads, N // num_kv_heads, H).transpose(0, 1, 3, 4, 2, 5)
     return x.reshape(B, -1, num_kv_heads, N // num_kv_heads * block, H)
 

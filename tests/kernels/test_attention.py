@@ -77,7 +77,7 @@ def test_forward_and_gradient_at_every_gqa_ratio(path, num_heads, num_kv_heads):
     check(path, 0, packed_example(), num_heads, num_kv_heads)
 
 
-@pytest.mark.parametrize("num_tokens", [1, 5, 11])
+@pytest.mark.parametrize("num_tokens", [1, 11])
 def test_lengths_that_tiles_do_not_divide(num_tokens):
     held = min(2, num_tokens)
     end = np.array([[num_tokens] * num_tokens, [held] * held + [0] * (num_tokens - held)], np.int32)
@@ -229,21 +229,19 @@ def test_invisible_tiles_are_never_read():
 
 
 def test_memory_of_tiles_is_linear():
-    """Scratch of forward and backward at twice the length: twice as much, where dense scores take four times."""
+    """Scratch of forward and backward at twice the length: twice as much, where dense scores would take four times."""
 
-    def scratch_bytes(path, num_tokens):
+    def scratch_bytes(num_tokens):
         q = jax.ShapeDtypeStruct((1, num_tokens, 2, 16), jnp.float32)
         end = jax.ShapeDtypeStruct((1, num_tokens), jnp.int32)
 
         def loss(q, k, v, end):
-            return jnp.sum(attention(q, k, v, mask=end, scale=1.0, implementation=path))
+            return jnp.sum(attention(q, k, v, mask=end, scale=1.0, implementation="xla_chunked"))
 
         compiled = jax.jit(jax.grad(loss, (0, 1, 2))).lower(q, q, q, end).compile()
         return compiled.memory_analysis().temp_size_in_bytes
 
-    growth = {path: scratch_bytes(path, 4096) / scratch_bytes(path, 2048) for path in PATHS}
-    assert growth["xla_chunked"] < 2.2
-    assert growth["reference"] > 3
+    assert scratch_bytes(4096) < 2.2 * scratch_bytes(2048)
 
 
 def test_causal_needs_no_array():
@@ -318,11 +316,12 @@ def test_what_does_not_fit_is_refused(change, message):
 
 def test_masks_and_dtypes_that_do_not_fit_are_refused():
     q, k, v, *_ = draw(0)
-    tiled = tile(jnp.full((B, T), T), window=3)
+    jit_tile = jax.jit(tile, static_argnames="window")
+    tiled = jit_tile(jnp.full((B, T), T), window=3)
     for mask, options, message in (
         ("full", {}, "mask='full'; allowed: \"causal\""),
         (np.zeros((B, T), np.float32), {}, "mask must be ints"),
-        (tile(jnp.full((B, T + 1), T)), {}, r"it was tiled for \(2, 13\)"),
+        (jit_tile(jnp.full((B, T + 1), T)), {}, r"it was tiled for \(2, 13\)"),
         (tiled, {"window": 4}, "window=4, but the mask was tiled for window=3"),
     ):
         with pytest.raises(ValueError, match=message):

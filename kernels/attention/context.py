@@ -1,0 +1,177 @@
+"""Attention of rows that lie spread over a mesh axis: keys and values travel, queries stay.
+
+Devices would wait for each other if each held a contiguous part of a row, for later queries see more. So the tiles of
+a row are dealt out by how many key tiles they see, and tokens lie in that order (`balanced_order`, `reorder`). Every
+device gathers all keys and values, which grouped-query attention keeps small, and computes its own queries; gradients
+of keys and values are summed where they belong.
+"""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, PartitionSpec
+
+from kernels.attention import xla_chunked
+from kernels.attention.reference import depths
+from kernels.attention.tiles import BLOCK_Q, TiledMask, active_tiles, tile
+
+
+def balanced_order(
+    end_BT: np.ndarray, num_devices: int, *, window: int | None = None, block: int = BLOCK_Q
+) -> np.ndarray:
+    """Which tile of each row comes at which place, so that all devices see about as many tiles; host code.
+
+    The heaviest tile first, each to the device with the least work that still has room.
+
+    Returns:
+        i32[B, I]; device d holds the tiles order[:, d * I / num_devices : (d + 1) * I / num_devices].
+
+    Raises:
+        ValueError: rows that do not divide into tiles, or tiles into devices.
+    """
+    T = end_BT.shape[1]
+    if T % (block * num_devices):
+        raise ValueError(f"T={T} must be a multiple of block={block} x devices={num_devices}; pad rows with end 0")
+    work_BI = np.asarray(_num_active(jnp.asarray(end_BT), window, block))
+    room = T // (block * num_devices)
+    order_BI = np.empty(work_BI.shape, np.int32)
+    for b, work_I in enumerate(work_BI):
+        held: list[list[int]] = [[] for _ in range(num_devices)]
+        load = np.zeros(num_devices)
+        for index in np.argsort(-work_I, kind="stable"):
+            device = int(np.where([len(tiles) < room for tiles in held], load, np.inf).argmin())
+            held[device].append(int(index))
+            load[device] += work_I[index]
+        order_BI[b] = np.concatenate([sorted(tiles) for tiles in held])
+    return order_BI
+
+
+@partial(jax.jit, static_argnums=(1, 2))
+def _num_active(end_BT: jax.Array, window: int | None, block: int) -> jax.Array:
+    """i32[B, I]: the key tiles that each query tile sees."""
+    return active_tiles(end_BT, depths(end_BT), window, block, block).sum(-1)
+
+
+def reorder(x_BT: Any, order_BI: Any, *, inverse: bool = False) -> Any:
+    """Tokens [B, T, ...] in the order of their tiles, NumPy or jax; `inverse` puts them back in place."""
+    xp: Any = jnp if isinstance(x_BT, jax.Array) else np
+    order_BI = xp.argsort(order_BI, axis=1) if inverse else order_BI
+    B, num_tiles = order_BI.shape
+    tiles = x_BT.reshape(B, num_tiles, -1)
+    return xp.take_along_axis(tiles, order_BI[..., None], axis=1).reshape(x_BT.shape)
+
+
+def context_attention(
+    q_BTNH: jax.Array,
+    k_BSKH: jax.Array,
+    v_BSKH: jax.Array,
+    *,
+    end_BS: jax.Array,
+    order_BI: jax.Array,
+    scale: float,
+    mesh: Mesh,
+    axis: str = "context",
+    softcap: float | None = None,
+    window: int | None = None,
+) -> jax.Array:
+    """`attention` of rows whose tokens lie over a mesh axis in balanced order; differentiable in q, k and v.
+
+    Args:
+        q_BTNH: in the order of `order_BI`, as k, v and the result are.
+        end_BS: i32, the mask in the rows' own order, whole on every device.
+        order_BI: i32 of `balanced_order`, on the same mesh; the number of its tiles sets their size.
+        mesh: other axes may shard rows and heads.
+
+    Raises:
+        ValueError: rows or tiles that do not divide over the axis, or an unknown axis.
+    """
+    (B, T), num_tiles = q_BTNH.shape[:2], order_BI.shape[1]
+    if axis not in mesh.shape:
+        raise ValueError(f"axis={axis!r}; allowed: the mesh's axes, {', '.join(map(repr, mesh.shape))}")
+    if end_BS.shape != (B, T) or order_BI.shape[0] != B or T % num_tiles or num_tiles % mesh.shape[axis]:
+        raise ValueError(
+            f"end must be [B={B}, T={T}] and order [B={B}, tiles], T a multiple of tiles and tiles a multiple of "
+            f"{axis}={mesh.shape[axis]}; got {end_BS.shape} and {order_BI.shape}"
+        )
+    static = _Static(mesh, axis, T // num_tiles, scale, softcap, window)
+    outputs: Any = _attend(q_BTNH, k_BSKH, v_BSKH, end_BS, order_BI, static)
+    return outputs
+
+
+class _Static(NamedTuple):
+    """What is known when a function is traced."""
+
+    mesh: Mesh
+    axis: str
+    block: int
+    scale: float
+    softcap: float | None
+    window: int | None
+
+    def on_devices(self, function: Callable[..., Any], num_arguments: int, num_results: int) -> Callable[..., Any]:
+        """`function` on each device's part of the tokens, the second axis of everything but of its first argument."""
+        spread, whole = PartitionSpec(None, self.axis), PartitionSpec()
+        return jax.shard_map(
+            function,
+            mesh=self.mesh,
+            in_specs=(whole, *[spread] * num_arguments),
+            out_specs=(spread,) * num_results,
+            axis_names={self.axis},
+            check_vma=False,
+        )
+
+    def tiled(self, end_BS: jax.Array, place_BI: jax.Array) -> TiledMask:
+        return tile(end_BS, window=self.window, block_q=self.block, block_k=self.block, place_BI=place_BI)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(5,))
+def _attend(q: jax.Array, k: jax.Array, v: jax.Array, end: jax.Array, order: jax.Array, static: _Static) -> jax.Array:
+    return _attend_forward(q, k, v, end, order, static)[0]
+
+
+# Forward and backward are each mapped over devices by themselves: nothing is differentiated through a collective.
+def _attend_forward(
+    q: jax.Array, k: jax.Array, v: jax.Array, end: jax.Array, order: jax.Array, static: _Static
+) -> tuple[jax.Array, tuple]:
+    def of_device(end: jax.Array, place: jax.Array, q: jax.Array, k: jax.Array, v: jax.Array) -> tuple:
+        mask = static.tiled(end, place)
+        k, v = (_gather(x, place, static.axis) for x in (k, v))
+        return xla_chunked.forward(q, k, v, mask, static.scale, static.softcap)
+
+    o, lse = static.on_devices(of_device, 4, 2)(end, order, q, k, v)
+    return o, (q, k, v, end, order, o, lse)
+
+
+def _attend_backward(static: _Static, saved: tuple, do: jax.Array) -> tuple:
+    def of_device(end: jax.Array, place: jax.Array, *tokens: jax.Array) -> tuple:
+        q, k, v, o, lse, do = tokens
+        mask = static.tiled(end, place)
+        whole_k, whole_v = (_gather(x, place, static.axis) for x in (k, v))
+        dq, dk, dv = xla_chunked.backward(
+            q, whole_k, whole_v, mask, static.scale, static.softcap, o, lse, do, jnp.zeros_like(lse)
+        )
+        dk, dv = (_scatter_sum(x, place, static.axis) for x in (dk, dv))
+        return dq.astype(q.dtype), dk.astype(k.dtype), dv.astype(v.dtype)
+
+    q, k, v, end, order, o, lse = saved
+    dq, dk, dv = static.on_devices(of_device, 7, 3)(end, order, q, k, v, o, lse, do)
+    return dq, dk, dv, None, None
+
+
+_attend.defvjp(_attend_forward, _attend_backward)
+
+
+def _gather(x_BTKH: jax.Array, place_BI: jax.Array, axis: str) -> jax.Array:
+    """Of all devices together, in the rows' own order."""
+    x_BSKH, order_BI = (jax.lax.all_gather(x, axis, axis=1, tiled=True) for x in (x_BTKH, place_BI))
+    return reorder(x_BSKH, order_BI, inverse=True)
+
+
+def _scatter_sum(x_BSKH: jax.Array, place_BI: jax.Array, axis: str) -> jax.Array:
+    """The sum over devices, to each the tokens that it holds."""
+    order_BI = jax.lax.all_gather(place_BI, axis, axis=1, tiled=True)
+    return jax.lax.psum_scatter(reorder(x_BSKH, order_BI), axis, scatter_dimension=1, tiled=True)

@@ -1,0 +1,103 @@
+"""Rows spread over devices: the same numbers as on one, and work dealt out evenly."""
+
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from kernels.attention.context import balanced_order, reorder
+from kernels.shapes import MASKS
+from tests.kernels.oracle import forests, sees
+
+BLOCK = 4
+seeded = settings(derandomize=True, deadline=None, max_examples=50)
+
+
+def work(end_T, order_I, num_devices):
+    """Visible tiles of each device, counted from the dense mask."""
+    num_tiles = len(order_I)
+    seen = sees(end_T).reshape(num_tiles, BLOCK, num_tiles, BLOCK).any((1, 3)).sum(1)
+    return seen[order_I].reshape(num_devices, -1).sum(1)
+
+
+@pytest.mark.parametrize("case", MASKS)
+@pytest.mark.parametrize("num_devices", [4, 8])
+def test_work_is_balanced_where_contiguous_parts_are_not(case, num_devices):
+    end = MASKS[case](64 * BLOCK)
+    (order,) = balanced_order(end[None], num_devices, block=BLOCK)
+    balanced, naive = work(end, order, num_devices), work(end, np.arange(64), num_devices)
+    assert balanced.max() <= 1.05 * balanced.mean()
+    assert naive.max() > 1.1 * naive.mean()
+
+
+@given(forests(8 * BLOCK), st.sampled_from([1, 2, 4, 8]))
+@seeded
+def test_every_tile_is_held_once_and_devices_hold_equally_many(forest, num_devices):
+    end, _ = forest
+    (order,) = balanced_order(end[None], num_devices, block=BLOCK)
+    assert sorted(order.tolist()) == list(range(8))
+    tokens = np.arange(8 * BLOCK * 3).reshape(1, 8 * BLOCK, 3)
+    moved = reorder(tokens, order[None])
+    np.testing.assert_array_equal(moved[0, :BLOCK], tokens[0, order[0] * BLOCK : (order[0] + 1) * BLOCK])
+    np.testing.assert_array_equal(reorder(moved, order[None], inverse=True), tokens)
+
+
+def test_rows_that_do_not_divide_are_refused():
+    with pytest.raises(ValueError, match="T=40 must be a multiple of block=4 x devices=4"):
+        balanced_order(np.zeros((1, 40), np.int32), 4, block=4)
+
+
+SPREAD = """
+import sys
+import jax, jax.numpy as jnp, numpy as np
+num_data, num_context = map(int, sys.argv[1:])
+jax.config.update("jax_num_cpu_devices", num_data * num_context)
+from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
+from kernels.attention.api import attention
+from kernels.attention.context import balanced_order, context_attention, reorder
+from kernels.shapes import packed, shared_prompt
+
+B, T, N, K, H, BLOCK = 2, 128, 4, 2, 8, 8
+rng = np.random.default_rng(0)
+q, k, v, w = (rng.normal(size=(B, T, n, H)).astype(np.float32) for n in (N, K, K, N))
+end = np.stack([packed(T), shared_prompt(T)])
+end[0, 120:] = 0  # padding
+end[0] = np.minimum(end[0], 120)
+order = balanced_order(end, num_context, block=BLOCK)
+mesh = jax.make_mesh((num_data, num_context), ("data", "context"), axis_types=(AxisType.Auto,) * 2)
+rows, tokens = NamedSharding(mesh, P("data")), NamedSharding(mesh, P("data", "context"))
+
+for window, softcap in ((None, None), (9, 2.0)):
+    def plain(q, k, v):
+        o = attention(q, k, v, mask=end, scale=0.3, window=window, softcap=softcap, implementation="reference")
+        return jnp.sum(w * o), o
+    def spread(q, k, v, w, end, order):
+        o = context_attention(q, k, v, end_BS=end, order_BI=order, scale=0.3, mesh=mesh, window=window, softcap=softcap)
+        return jnp.sum(w * o), o
+    gradients, o = jax.jit(jax.grad(plain, (0, 1, 2), has_aux=True))(q, k, v)
+    run = jax.jit(jax.grad(spread, (0, 1, 2), has_aux=True), out_shardings=tokens)
+    inputs = [jax.device_put(reorder(x, order), tokens) for x in (q, k, v, w)]
+    got_gradients, got = run(*inputs, jax.device_put(end, rows), jax.device_put(order, tokens))
+    for one, many in zip((o, *gradients), (got, *got_gradients), strict=True):
+        assert many.sharding.is_equivalent_to(tokens, 4)
+        np.testing.assert_allclose(reorder(np.asarray(many), order, inverse=True), one, rtol=0, atol=4e-5)
+try:
+    context_attention(q, k, v, end_BS=end, order_BI=order[:, :1], scale=1.0, mesh=mesh)
+    raise AssertionError("one tile was spread over many devices")
+except ValueError as error:
+    assert f"tiles a multiple of context={num_context}" in str(error)
+"""
+
+
+@pytest.mark.parametrize(
+    ("num_data", "num_context"),
+    [(2, 4), pytest.param(1, 4, marks=pytest.mark.slow), pytest.param(1, 8, marks=pytest.mark.slow)],
+)
+def test_devices_together_compute_what_one_does(num_data, num_context):
+    """Outputs and gradients of a packed row with padding and of a shared prompt, rows sharded beside them or not."""
+    command = [sys.executable, "-c", SPREAD, str(num_data), str(num_context)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=200, check=False)
+    assert done.returncode == 0, done.stderr
