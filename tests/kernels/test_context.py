@@ -101,3 +101,40 @@ def test_devices_together_compute_what_one_does(num_data, num_context):
     command = [sys.executable, "-c", SPREAD, str(num_data), str(num_context)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=200, check=False)
     assert done.returncode == 0, done.stderr
+
+
+SHARDED = """
+import jax, jax.numpy as jnp, numpy as np
+jax.config.update("jax_num_cpu_devices", 4)
+from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
+from kernels.attention.api import attention
+from kernels.attention.tiles import tile
+from kernels.shapes import packed, shared_prompt
+B, T, N, K, H = 2, 128, 4, 2, 8
+rng = np.random.default_rng(0)
+q, k, v, w = (rng.normal(size=(B, T, n, H)).astype(np.float32) for n in (N, K, K, N))
+end = np.stack([packed(T), shared_prompt(T)])
+def run(q, k, v, w, end, path):
+    def loss(q, k, v):
+        mask = tile(end, block_q=16, block_k=16) if path == "xla_chunked" else end
+        return jnp.sum(w * attention(q, k, v, mask=mask, scale=0.3, implementation=path))
+    return jax.grad(loss, (0, 1, 2))(q, k, v)
+expected = jax.jit(run, static_argnums=5)(q, k, v, w, end, "reference")
+mesh = jax.make_mesh((2, 2), ("data", "tensor"), axis_types=(AxisType.Auto,) * 2)
+heads, rows = NamedSharding(mesh, P("data", None, "tensor")), NamedSharding(mesh, P("data"))
+places = (*[heads] * 4, rows)
+jitted = jax.jit(lambda *a: run(*a, "xla_chunked"), in_shardings=places, out_shardings=heads)
+program = jitted.lower(q, k, v, w, end).compile()
+got = program(*map(jax.device_put, (q, k, v, w, end), places))
+for one, many in zip(expected, got, strict=True):
+    np.testing.assert_allclose(many, one, rtol=0, atol=4e-5)
+moved = ("all-gather(", "all-to-all(", "collective-permute(", "reduce-scatter(", "all-reduce(")
+travels = [line for line in program.as_text().splitlines() if any(f" {name}" in line for name in moved)]
+assert all(" = (s32[8]{0}, s32[8]{0}) all-reduce(" in line or " = s32[8]{0} all-reduce(" in line for line in travels), travels
+"""
+
+
+def test_rows_and_heads_that_xla_shards_stay_where_they_are():
+    """The plain call on four devices: the same gradients, and only how many tiles a loop visits travels."""
+    done = subprocess.run([sys.executable, "-c", SHARDED], capture_output=True, text=True, timeout=200, check=False)
+    assert done.returncode == 0, done.stderr
