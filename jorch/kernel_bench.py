@@ -68,7 +68,7 @@ def print_table(timings: list[Timing], device: str) -> None:
             f"{both.scratch_bytes / 1e6:,.3g}",
             f"{both.line.error:.0e}",
         )
-    Console(width=None if sys.stdout.isatty() else 140).print(table)
+    Console(width=None if sys.stdout.isatty() else 160).print(table)
 
 
 def _rows(timings: list[Timing]) -> dict[tuple[str, int, str], dict[str, Timing]]:

@@ -21,7 +21,7 @@ class Shapes(NamedTuple):
 
 
 QWEN3_8B = Shapes((4096, 8192, 32768, 131072), 32, 8, 128, 32768, 4096, 151936, "bfloat16")
-SMALL = Shapes((1024, 2048), 4, 1, 64, 4096, 256, 8192, "float32")
+SMALL = Shapes((1024, 2048), 4, 1, 64, 4096, 64, 4096, "float32")
 
 GROUP = 8
 
