@@ -13,6 +13,7 @@ from aiohttp import web
 from tools_server.config import TOKEN_VARIABLE, ServerConfig
 from tools_server.errors import BadRequest, errors_as_json
 from tools_server.sessions import Answer, Sessions
+from tools_server.tool import hermes_text
 from tools_server.wire import API_VERSION, MAX_ITEMS, Call, OpenSession, to_json
 
 T = TypeVar("T")
@@ -39,6 +40,7 @@ def make_app(config: ServerConfig) -> web.Application:
             web.post("/v1/calls", call_tools),
             web.post("/v1/finish", finish_sessions),
             web.get("/v1/experts", list_experts),
+            web.get("/v1/tools", list_tools),
             web.get("/healthz", report_health),
         ]
     )
@@ -71,6 +73,18 @@ async def finish_sessions(request: web.Request) -> web.Response:
 async def list_experts(request: web.Request) -> web.Response:
     experts = request.app[CONFIG].experts
     return _reply({"experts": {name: profile.model_dump() for name, profile in experts.items()}})
+
+
+async def list_tools(request: web.Request) -> web.Response:
+    """The configured tools as OpenAI function schemas, or with `?format=hermes` as text for a system prompt."""
+    specs = [tool.spec for tool in request.app[SESSIONS].toolbox.tools.values()]
+    match request.query.get("format", "openai"):
+        case "openai":
+            return _reply({"tools": [spec.openai for spec in specs]})
+        case "hermes":
+            return web.Response(text=hermes_text(specs))
+        case other:
+            raise BadRequest(f"format: got {other[:40]!r}, allowed: openai, hermes")
 
 
 async def report_health(request: web.Request) -> web.Response:
@@ -141,6 +155,7 @@ def _authorisation(token: str) -> Any:
 
 async def _run_sessions(app: web.Application) -> AsyncIterator[None]:
     """Forget idle sessions as long as the server runs."""
+    await app[SESSIONS].toolbox.start()
     interval_s = min(app[CONFIG].session_ttl_s / 4, 60.0)
 
     async def forget_repeatedly() -> None:
@@ -153,4 +168,4 @@ async def _run_sessions(app: web.Application) -> AsyncIterator[None]:
     reaper.cancel()
     with contextlib.suppress(asyncio.CancelledError):
         await reaper
-    app[SESSIONS].close()
+    await app[SESSIONS].close()

@@ -18,7 +18,10 @@ from tools_server.arguments import Check, compile_checks
 from tools_server.config import ServerConfig
 from tools_server.environment import Environment, Observation
 from tools_server.errors import BadRequest, log, name_and_line, one_line
+from tools_server.judge import Verifiers
 from tools_server.ledger import Ledger
+from tools_server.tool_session import ToolSession
+from tools_server.toolbox import Toolbox
 from tools_server.wire import Call, CallResult, OpenSession, SessionOpened, SessionRecord
 
 T = TypeVar("T")
@@ -176,9 +179,12 @@ class Sessions:
     """All sessions of a server: at most `max_sessions` open ones, and as many records of finished ones."""
 
     def __init__(self, config: ServerConfig) -> None:
+        """Raises ValueError where the config names a price that is not to be had."""
         self._config = config
+        self.toolbox = Toolbox(config)
+        self.verifiers = Verifiers(self.toolbox)
         self._executor = ThreadPoolExecutor(config.worker_threads, thread_name_prefix="environment")
-        self._sessions: dict[str, Session] = {}
+        self._sessions: dict[str, Session | ToolSession] = {}
         self._records: OrderedDict[str, tuple[float, SessionRecord]] = OrderedDict()
 
     def __len__(self) -> int:
@@ -200,7 +206,11 @@ class Sessions:
                 name,
                 error=f"{len(self)} sessions are open, all that max_sessions allows; finish some or raise it",
             )
-        session = self._sessions[name] = Session(wanted, self._config, self._executor)
+        if wanted.environment == registry.TOOLS:
+            session = ToolSession(wanted, self.toolbox, self.verifiers)
+        else:
+            session = Session(wanted, self._config, self._executor)
+        self._sessions[name] = session
         return _then(session.opened, self._drop_refused)
 
     def call(self, call: Call) -> Answer[CallResult]:
@@ -239,8 +249,9 @@ class Sessions:
             )
         return len(idle)
 
-    def close(self) -> None:
-        """Start no further blocking work."""
+    async def close(self) -> None:
+        """Start no further blocking work, and end the tools."""
+        await self.toolbox.close()
         self._executor.shutdown(wait=False, cancel_futures=True)
 
     def _drop_refused(self, opened: SessionOpened) -> None:
