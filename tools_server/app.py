@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import functools
 import hmac
 import json
 import os
@@ -12,6 +13,7 @@ from aiohttp import web
 
 from tools_server.config import TOKEN_VARIABLE, ServerConfig
 from tools_server.errors import BadRequest, errors_as_json
+from tools_server.mcp_facade import McpFacade
 from tools_server.sessions import Answer, Sessions
 from tools_server.tool import hermes_text
 from tools_server.wire import API_VERSION, MAX_ITEMS, Call, OpenSession, to_json
@@ -45,6 +47,10 @@ def make_app(config: ServerConfig) -> web.Application:
         ]
     )
     app.cleanup_ctx.append(_run_sessions)
+    with contextlib.suppress(ImportError):  # without the extra mcp there is no /mcp
+        facade = McpFacade(app[SESSIONS].toolbox)
+        app.router.add_post("/mcp", facade.handle)
+        app.cleanup_ctx.append(functools.partial(_run_facade, facade))
     return app
 
 
@@ -151,6 +157,11 @@ def _authorisation(token: str) -> Any:
         return await handler(request)
 
     return check_token
+
+
+async def _run_facade(facade: McpFacade, app: web.Application) -> AsyncIterator[None]:
+    async with facade.running():
+        yield
 
 
 async def _run_sessions(app: web.Application) -> AsyncIterator[None]:

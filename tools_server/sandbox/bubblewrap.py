@@ -118,7 +118,8 @@ class Sandbox:
             line = await asyncio.wait_for(process.stdout.readline(), START_TIMEOUT_S)
             if line != READY:
                 text = (await asyncio.wait_for(process.stderr.read(2000), START_TIMEOUT_S)).decode(errors="replace")
-                raise SandboxFailure(f"a sandbox did not start: {' '.join(text.split())[:300] or line!r}")
+                reason = " ".join(text.split())[:300] or f"it printed {line!r}"
+                raise SandboxFailure(f"a sandbox did not start: {reason}")
         except TimeoutError:
             await sandbox.close()
             raise SandboxFailure(f"a sandbox was not ready within {START_TIMEOUT_S:g} s") from None
