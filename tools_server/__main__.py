@@ -6,6 +6,7 @@ commands take the config's place: `python -m tools_server index DOCUMENTS --out 
 
 import argparse
 import asyncio
+import contextlib
 import errno
 import importlib
 import ipaddress
@@ -19,15 +20,17 @@ from pathlib import Path
 
 from aiohttp import web
 
-from tools_server.app import make_app
+from tools_server.app import SESSIONS, make_app
 from tools_server.config import TOKEN_VARIABLE, ServerConfig, load_config
 from tools_server.errors import one_line
+from tools_server.sessions import Sessions
 
 DRAIN_S = 8.0
 """How long a stopping server waits for requests under way."""
 
 COMMANDS = {
     "index": ("tools_server.index", "build the index of a search tool"),
+    "rescore": ("tools_server.rescore", "compute the records of stored traces again"),
     "import-prices": ("tools_server.prices", "price table from litellm's public JSON"),
 }
 """Module, whose `main` takes the arguments, and purpose."""
@@ -49,8 +52,21 @@ def _serve(arguments: argparse.Namespace) -> int:
     config = load_config(arguments.config or arguments.config_option)
     overrides = {"host": arguments.host, "port": arguments.port}
     config = config.model_copy(update={key: value for key, value in overrides.items() if value is not None})
+    if arguments.check:
+        return asyncio.run(check(config))
     asyncio.run(serve(config, arguments.exit_with_parent))
     return 0
+
+
+async def check(config: ServerConfig) -> int:
+    """Start every tool once, say what is missing, and stop. Chat endpoints are asked one short question."""
+    sessions = Sessions(config)
+    faults = await sessions.toolbox.check()
+    await sessions.close()
+    for fault in faults:
+        print(fault)
+    print(f"{len(config.tools) - len(faults)}/{len(config.tools)} tools can be used")
+    return 1 if faults else 0
 
 
 async def serve(config: ServerConfig, exit_with_parent: bool) -> None:
@@ -70,8 +86,18 @@ async def serve(config: ServerConfig, exit_with_parent: bool) -> None:
         host, port = runner.addresses[0][:2]
         print(f"tools-server ready http://{f'[{host}]' if ':' in host else host}:{port}", flush=True)
         await stop.wait()
+        await _drain(runner.app[SESSIONS], config.drain_s)
     finally:
         await runner.cleanup()
+
+
+async def _drain(sessions: Sessions, drain_s: float) -> None:
+    """Open no more sessions, and let the open ones go on for a while."""
+    sessions.draining = True
+    with contextlib.suppress(TimeoutError):
+        async with asyncio.timeout(drain_s):
+            while len(sessions):
+                await asyncio.sleep(0.05)
 
 
 async def _listen(runner: web.AppRunner, config: ServerConfig) -> None:
@@ -121,6 +147,7 @@ def _parse() -> argparse.Namespace:
     config = parser.add_mutually_exclusive_group(required=True)
     config.add_argument("config", nargs="?", type=Path, metavar="CONFIG.yaml", help="keys: tools_server/config.py")
     config.add_argument("--config", dest="config_option", type=Path, metavar="CONFIG.yaml", help="the same")
+    parser.add_argument("--check", action="store_true", help="start every tool once, say what is missing, and stop")
     parser.add_argument("--host", help="address to listen on, instead of the file's")
     parser.add_argument("--port", type=_port, help="port, instead of the file's; 0 = a free one")
     parser.add_argument("--exit-with-parent", action="store_true", help="stop when stdin, a pipe, closes")

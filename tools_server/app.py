@@ -14,6 +14,7 @@ from aiohttp import web
 from tools_server.config import TOKEN_VARIABLE, ServerConfig
 from tools_server.errors import BadRequest, errors_as_json
 from tools_server.mcp_facade import McpFacade
+from tools_server.metrics import CONTENT_TYPE
 from tools_server.sessions import Answer, Sessions
 from tools_server.tool import hermes_text
 from tools_server.wire import API_VERSION, MAX_ITEMS, Call, OpenSession, to_json
@@ -44,13 +45,13 @@ def make_app(config: ServerConfig) -> web.Application:
             web.get("/v1/experts", list_experts),
             web.get("/v1/tools", list_tools),
             web.get("/healthz", report_health),
+            web.get("/readyz", report_readiness),
+            web.get("/metrics", report_metrics),
         ]
     )
     app.cleanup_ctx.append(_run_sessions)
-    with contextlib.suppress(ImportError):  # without the extra mcp there is no /mcp
-        facade = McpFacade(app[SESSIONS].toolbox)
-        app.router.add_post("/mcp", facade.handle)
-        app.cleanup_ctx.append(functools.partial(_run_facade, facade))
+    if config.tools:
+        _add_mcp(app)
     return app
 
 
@@ -96,6 +97,16 @@ async def list_tools(request: web.Request) -> web.Response:
 async def report_health(request: web.Request) -> web.Response:
     """Asks for no token: a liveness probe has none."""
     return _reply({"status": "ok", "version": API_VERSION, "sessions": len(request.app[SESSIONS])})
+
+
+async def report_readiness(request: web.Request) -> web.Response:
+    """503 where a load balancer should send no new session; asks for no token."""
+    reason = request.app[SESSIONS].unready()
+    return web.json_response({"status": reason or "ready"}, status=503 if reason else 200)
+
+
+async def report_metrics(request: web.Request) -> web.Response:
+    return web.Response(body=request.app[SESSIONS].metrics.render(), headers={"Content-Type": CONTENT_TYPE})
 
 
 def _reply(payload: dict[str, Any]) -> web.Response:
@@ -152,11 +163,19 @@ def _authorisation(token: str) -> Any:
         request: web.Request, handler: Callable[[web.Request], Awaitable[web.StreamResponse]]
     ) -> web.StreamResponse:
         given = request.headers.get("Authorization", "").encode(errors="surrogateescape")
-        if token and request.path != "/healthz" and not hmac.compare_digest(given, expected):
+        if token and request.path not in ("/healthz", "/readyz") and not hmac.compare_digest(given, expected):
             raise web.HTTPUnauthorized(reason=f"wrong or missing bearer token (set {TOKEN_VARIABLE})")
         return await handler(request)
 
     return check_token
+
+
+def _add_mcp(app: web.Application) -> None:
+    """The tools at /mcp, where the extra mcp is installed."""
+    with contextlib.suppress(ImportError):
+        facade = McpFacade(app[SESSIONS].toolbox)
+        app.router.add_post("/mcp", facade.handle)
+        app.cleanup_ctx.append(functools.partial(_run_facade, facade))
 
 
 async def _run_facade(facade: McpFacade, app: web.Application) -> AsyncIterator[None]:
@@ -174,9 +193,9 @@ async def _run_sessions(app: web.Application) -> AsyncIterator[None]:
             await asyncio.sleep(interval_s)
             app[SESSIONS].forget_idle()
 
-    reaper = asyncio.create_task(forget_repeatedly())
+    watchers = [asyncio.create_task(forget_repeatedly()), asyncio.create_task(app[SESSIONS].metrics.watch_lag())]
     yield
-    reaper.cancel()
-    with contextlib.suppress(asyncio.CancelledError):
-        await reaper
+    for watcher in watchers:
+        watcher.cancel()
+    await asyncio.gather(*watchers, return_exceptions=True)
     await app[SESSIONS].close()

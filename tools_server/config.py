@@ -128,6 +128,15 @@ TOOL_KINDS: dict[str, type[ToolSection]] = {
 }
 
 
+class RecordingConfig(Section):
+    """Recordings of calls that do not write."""
+
+    path: Path
+    mode: Literal["record", "replay", "replay_or_fail"] = Field(
+        description="record: ask always; replay: ask where nothing is recorded; replay_or_fail: never ask"
+    )
+
+
 class ExpertProfile(Section):
     """What a model behind a role alias can do and what it costs."""
 
@@ -148,6 +157,9 @@ class ServerConfig(Section):
     tools: dict[str, ToolConfig] = Field({}, description="tools of the environment `tools`, by name")
     prices: Path | None = Field(None, description="YAML table of dated model prices")
     price_date: date | None = Field(None, description="prices in force on this day are charged; needed with `prices`")
+    recording: RecordingConfig | None = Field(None, description="recordings of tool calls; None = none")
+    traces: Path | None = Field(None, description="file to which every finished session is appended")
+    drain_s: float = Field(0.0, ge=0, description="after SIGTERM, for which open sessions may go on")
     seed: int = Field(0, description="of the simulated experts' chance failures")
     time_scale: float = Field(0.0, ge=0, description="seconds slept per second of billed latency")
     max_sessions: PositiveInt = Field(4096, description="open at once; as many finished ones are remembered")

@@ -6,6 +6,7 @@ one JSON object, and nothing is streamed. Calls made here belong to no session a
 
 import asyncio
 import contextlib
+import logging
 from collections.abc import AsyncIterator
 from typing import Any
 
@@ -25,6 +26,7 @@ class McpFacade:
         from mcp.server.lowlevel import Server
         from mcp.server.streamable_http_manager import StreamableHTTPSessionManager
 
+        logging.getLogger("mcp").setLevel(logging.WARNING)  # it reports every request
         self._toolbox = toolbox
         server: Any = Server("jorch-tools", on_list_tools=self._list_tools, on_call_tool=self._call_tool)
         self._manager = StreamableHTTPSessionManager(server, json_response=True, stateless=True)

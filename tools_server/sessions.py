@@ -7,6 +7,7 @@ task that will have it.
 """
 
 import asyncio
+import functools
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
@@ -20,8 +21,10 @@ from tools_server.environment import Environment, Observation
 from tools_server.errors import BadRequest, log, name_and_line, one_line
 from tools_server.judge import Verifiers
 from tools_server.ledger import Ledger
+from tools_server.metrics import Metrics
 from tools_server.tool_session import ToolSession
 from tools_server.toolbox import Toolbox
+from tools_server.trace import Trace, TraceFile
 from tools_server.wire import Call, CallResult, OpenSession, SessionOpened, SessionRecord
 
 T = TypeVar("T")
@@ -89,6 +92,14 @@ class Session:
         if self.record is None:
             self.record = self._judge() if self._immediate else asyncio.create_task(self._finish_in_order())
         return self.record
+
+    def history(self) -> list[tuple[Call, CallResult]]:
+        """The calls that have their result, in the order in which they were asked for."""
+        return [
+            (call, answer.result() if isinstance(answer, asyncio.Task) else answer)
+            for call, answer in self._answers.values()
+            if not isinstance(answer, asyncio.Task) or answer.done()
+        ]
 
     def _open(self) -> SessionOpened:
         try:
@@ -181,7 +192,10 @@ class Sessions:
     def __init__(self, config: ServerConfig) -> None:
         """Raises ValueError where the config names a price that is not to be had."""
         self._config = config
-        self.toolbox = Toolbox(config)
+        self.metrics = Metrics(self.__len__)
+        self.toolbox = Toolbox(config, self.metrics)
+        self._traces = TraceFile(config.traces) if config.traces is not None else None
+        self.draining = False
         self.verifiers = Verifiers(self.toolbox)
         self._executor = ThreadPoolExecutor(config.worker_threads, thread_name_prefix="environment")
         self._sessions: dict[str, Session | ToolSession] = {}
@@ -201,6 +215,8 @@ class Sessions:
             return session.opened
         if name in self._records:
             return SessionOpened(name, error=f"session {name!r} is finished; choose another session_id")
+        if self.draining:
+            return SessionOpened(name, error="the server is stopping; open the session on another one")
         if len(self._sessions) >= self._config.max_sessions and not self.forget_idle():
             return SessionOpened(
                 name,
@@ -230,7 +246,17 @@ class Sessions:
         if session is None:
             stored = self._records.get(session_id)
             return stored[1] if stored else SessionRecord(session_id, 0.0, 0.0, 0.0, {}, "unknown_session")
-        return _then(session.finish(), self._store)
+        return _then(session.finish(), functools.partial(self._store, session))
+
+    def unready(self) -> str | None:
+        """Why no session should come here now, or None."""
+        if self.draining:
+            return "the server is stopping"
+        if self._traces is not None and self._traces.failed:
+            return "traces cannot be written"
+        if self.toolbox.recorder is not None and self.toolbox.recorder.failed:
+            return "recordings cannot be written"
+        return None
 
     def forget_idle(self) -> int:
         """Forget what nobody has used for `session_ttl_s`; the number of open sessions forgotten."""
@@ -252,14 +278,23 @@ class Sessions:
     async def close(self) -> None:
         """Start no further blocking work, and end the tools."""
         await self.toolbox.close()
+        if self._traces is not None:
+            self._traces.close()
         self._executor.shutdown(wait=False, cancel_futures=True)
 
     def _drop_refused(self, opened: SessionOpened) -> None:
         if opened.error is not None:
             self._sessions.pop(opened.session_id, None)
 
-    def _store(self, record: SessionRecord) -> None:
-        self._sessions.pop(record.session_id, None)
+    def _store(self, session: "Session | ToolSession", record: SessionRecord) -> None:
+        if self._sessions.pop(record.session_id, None) is None:
+            return  # a repeated request: stored already
+        environment = session.wanted.environment
+        for _, result in (history := session.history()):
+            self.metrics.count_call(environment, result.error)
+        self.metrics.count_finished(environment, record.error)
+        if self._traces is not None:
+            self._traces.write(Trace(session.wanted, history, record))
         self._records.setdefault(record.session_id, (time.monotonic(), record))
         if len(self._records) > self._config.max_sessions:
             self._records.popitem(last=False)

@@ -6,8 +6,9 @@ answer is a message to the user; a verifier judges it.
 
 import asyncio
 import time
-from collections.abc import Mapping
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import asdict
+from typing import Any
 
 from pydantic import Field, ValidationError
 
@@ -18,8 +19,11 @@ from tools_server.judge import Verifiers
 from tools_server.ledger import Ledger
 from tools_server.tool import CallContext, Price, billed_s
 from tools_server.toolbox import Toolbox
-from tools_server.verifiers import Verifier
+from tools_server.verifiers import Verdict, Verifier
 from tools_server.wire import Call, CallResult, OpenSession, SessionOpened, SessionRecord
+
+Verify = Callable[[Any, str, str], Awaitable[Verdict]]
+"""(verifier, question, answer) -> verdict."""
 
 
 class SessionPrice(Section):
@@ -82,9 +86,7 @@ class ToolSession:
         self._answers: dict[str, tuple[Call, asyncio.Task[CallResult]]] = {}
         self._pending: dict[asyncio.Task[CallResult], bool] = {}
         """Calls under way, and whether they write; in the order in which they came."""
-        self._answer: str | None = None
         self._over = False
-        self._error: str | None = None
         self.opened = self._open()
 
     @property
@@ -116,6 +118,10 @@ class ToolSession:
         if self.record is None:
             self.record = asyncio.create_task(self._judge(list(self._pending)))
         return self.record
+
+    def history(self) -> list[tuple[Call, CallResult]]:
+        """The calls that have their result, in the order in which they were asked for."""
+        return [(call, answer.result()) for call, answer in self._answers.values() if answer.done()]
 
     def _open(self) -> SessionOpened:
         name = self.wanted.session_id
@@ -184,13 +190,10 @@ class ToolSession:
 
     async def _observe(self, call: Call) -> Observation:
         if not call.name:
-            self._answer = call.arguments["content"]
             return Observation("", "answered", ended=True)
         self._num_calls += 1
         context = CallContext(call.session_id, self.wanted.seed, self._setup.depth)
         output = await self._toolbox.call(call.name, call.arguments, context)
-        if output.error == "infra_error":
-            self._error = "infra_error"
         spec = self._toolbox.tools[call.name].spec
         return Observation(
             call.name,
@@ -204,23 +207,33 @@ class ToolSession:
         )
 
     async def _judge(self, pending: list[asyncio.Task[CallResult]]) -> SessionRecord:
-        """The verdict, after the calls under way. Without an answer the task is unsolved."""
+        """The record, after the calls under way."""
         if pending:
             await asyncio.wait(pending)
         self._over = True
-        outcome, verdict = 0.0, None
-        if self._error is None and self._answer is not None:
-            outcome = 1.0
-            if self._setup.verifier is not None:
-                question = self._setup.question or ""
-                try:
-                    found = await self._verifiers.verify(self._setup.verifier, question, self._answer)
-                    verdict, outcome = asdict(found), found.value
-                    self._error = None if found.valid else "infra_error"
-                except Exception:
-                    log.exception("session %s: its verifier failed", self.wanted.session_id)
-                    self._error, outcome = "env_error", 0.0
-        bill = self._ledger
-        return SessionRecord(
-            self.wanted.session_id, outcome, bill.cost_usd, bill.latency_s, bill.tool_counts, self._error, verdict
-        )
+        return await settle(self.wanted.session_id, self._setup, self.history(), self._verifiers.verify)
+
+
+async def settle(
+    session_id: str, setup: ToolsSetup, history: Sequence[tuple[Call, CallResult]], verify: Verify
+) -> SessionRecord:
+    """The record that follows from a session's set-up and calls. Without a final answer the task is unsolved."""
+    ledger, answer, error = Ledger(), None, None
+    for call, result in history:
+        ledger.charge(result)
+        if result.error == "infra_error":
+            error = "infra_error"
+        if not call.name and result.error is None:
+            answer = call.arguments["content"]
+    outcome, verdict = 0.0, None
+    if error is None and answer is not None:
+        outcome = 1.0
+        if setup.verifier is not None:
+            try:
+                found = await verify(setup.verifier, setup.question or "", answer)
+                verdict, outcome = asdict(found), found.value
+                error = None if found.valid else "infra_error"
+            except Exception:
+                log.exception("session %s: its verifier failed", session_id)
+                error, outcome = "env_error", 0.0
+    return SessionRecord(session_id, outcome, ledger.cost_usd, ledger.latency_s, ledger.tool_counts, error, verdict)

@@ -1,13 +1,16 @@
 """The server's tools: built from its config, started and closed together, found by name."""
 
 import asyncio
+import functools
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
 from tools_server.arguments import Check, compile_checks
 from tools_server.config import ChatConfig, McpConfig, PythonConfig, SearchConfig, ServerConfig, WebSearchConfig
 from tools_server.errors import log
+from tools_server.metrics import Metrics
 from tools_server.prices import load_prices, price_of
+from tools_server.recording import Recorder
 from tools_server.tool import CallContext, Tool, ToolOutput
 from tools_server.tools.chat import ChatTool
 from tools_server.tools.mcp import McpServer
@@ -28,8 +31,10 @@ class Source(Protocol):
 class Toolbox:
     """Every tool of a server, by name. Use between `start` and `close`."""
 
-    def __init__(self, config: ServerConfig) -> None:
-        """Raises ValueError where a price is not to be had."""
+    def __init__(self, config: ServerConfig, metrics: Metrics) -> None:
+        """Raises ValueError where a price is not to be had or the file of recordings cannot be used."""
+        self._metrics = metrics
+        self.recorder = Recorder(config.recording) if config.recording is not None else None
         table = load_prices(config.prices) if config.prices is not None else None
         self._sources: list[Source] = []
         self._started: list[Source] = []
@@ -63,14 +68,40 @@ class Toolbox:
             await self.close()
             raise
 
+    async def check(self) -> list[str]:
+        """One line for each entry of the config that cannot be used; all are started and closed again."""
+        faults = []
+        for source in self._sources:
+            try:
+                await source.start()
+            except ValueError as error:
+                faults.append(str(error))
+                continue
+            self._started.append(source)
+            if isinstance(source, ChatTool) and (fault := await source.fault()):
+                faults.append(f"tools.{source.spec.name}: {fault}")
+        await self.close()
+        return faults
+
     async def close(self) -> None:
         await asyncio.gather(*(source.close() for source in self._started))
         self._started.clear()
+        if self.recorder is not None:
+            self.recorder.close()
 
     async def call(self, name: str, arguments: dict[str, Any], context: CallContext) -> ToolOutput:
         """One call whose arguments fit the schema. A bug of a tool's is an `infra_error`, never the model's fault."""
+        tool = self.tools[name]
+        if self.recorder is None:
+            return await self._carry_out(tool, arguments, context)
+        carry_out = functools.partial(self._carry_out, tool, arguments, context)
+        return await self.recorder.call(tool.spec, arguments, context, carry_out)
+
+    async def _carry_out(self, tool: Tool, arguments: dict[str, Any], context: CallContext) -> ToolOutput:
         try:
-            return await self.tools[name].call(arguments, context)
+            output = await tool.call(arguments, context)
+            self._metrics.observe_tool(tool.spec.name, output.work_s, output.wait_s)
+            return output
         except Exception as error:
-            log.exception("session %s: tool %s failed", context.session_id, name)
+            log.exception("session %s: tool %s failed", context.session_id, tool.spec.name)
             return ToolOutput(f"the tool failed: {type(error).__name__}", "infra_error")

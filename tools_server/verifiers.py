@@ -19,6 +19,8 @@ from tools_server.config import Section
 
 VERSION = "1"
 """Raised with every change that can change a verdict."""
+JUDGE_PROMPT_VERSION = "1"
+"""Of `judge.PROMPT`."""
 _NUMBER = re.compile(r"[-+]?(?:\d[\d,]*\.?\d*|\.\d+)(?:[eE][-+]?\d+)?(?:/\d+)?")
 _BOXED = re.compile(r"\\boxed\{([^{}]*)\}")
 _TAGGED = re.compile(r"<answer>(.*?)</answer>", re.DOTALL)
@@ -131,6 +133,13 @@ def digest(verifier: Any, *inputs: str) -> str:
     """SHA-256 of everything that a verdict rests on."""
     seen = json.dumps([label(verifier), verifier.model_dump(mode="json"), *inputs], sort_keys=True)
     return hashlib.sha256(seen.encode()).hexdigest()
+
+
+def impure_digest(verifier: Any, question: str, answer: str) -> str:
+    """The digest that unit tests and the judge put into their verdicts."""
+    if isinstance(verifier, Judge):
+        return digest(verifier, JUDGE_PROMPT_VERSION, question, answer)
+    return digest(verifier, answer)
 
 
 def extract(text: str) -> str:

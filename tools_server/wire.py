@@ -8,6 +8,7 @@ one request per burst, not one per call:
     POST /v1/finish    {"session_ids": [str, ...]}        -> {"records": [SessionRecord, ...]}
     GET  /healthz                                         -> {"status": "ok", "version": ..., "sessions": n}
     GET  /v1/experts                                      -> {"experts": {name: profile}}
+    GET  /readyz, /metrics                                -> for load balancers and Prometheus
     GET  /v1/tools                                        -> {"tools": [OpenAI function schema, ...]}
 
 All three POSTs are idempotent: opening a session again or repeating a call_id returns the first answer, and

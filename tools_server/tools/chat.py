@@ -53,6 +53,11 @@ class ChatTool:
     async def close(self) -> None:
         await self._endpoint.close()
 
+    async def fault(self) -> str | None:
+        """Why the endpoint cannot be used, or None: asked with the shortest request there is."""
+        output = await self.ask([{"role": "user", "content": "Say yes."}], CallContext("check", seed=0))
+        return output.content if output.error else None
+
     async def call(self, arguments: dict[str, Any], context: CallContext) -> ToolOutput:
         if context.depth >= MAX_DEPTH:
             return ToolOutput(f"{MAX_DEPTH} orchestrators call one another already", "budget_exceeded")

@@ -35,9 +35,7 @@ class SearchIndex:
         """Raises ValueError where there is no such index."""
         self._path = path
         if not path.is_file():
-            raise ValueError(
-                f"no search index at {path}: write one with `python -m tools_server index DOCUMENTS --out {path}`"
-            )
+            raise ValueError(f"no search index at {path}; `python -m tools_server index` writes one")
         try:
             connection = self.connect()
             (self.num_passages,) = connection.execute("SELECT count(*) FROM passages").fetchone()
