@@ -32,6 +32,16 @@ class ToolSection(Section):
     usd_per_call: float = Field(0.0, ge=0)
 
 
+class ConstantConfig(ToolSection):
+    """Answers every call with one text: for tests, benchmarks, and tools that only say something."""
+
+    kind: Literal["constant"]
+    answer: str
+    parameters: dict[str, Any] = Field(
+        {"type": "object", "additionalProperties": False}, description="JSON Schema of the arguments"
+    )
+
+
 class SearchConfig(ToolSection):
     """Full-text search in an index that `python -m tools_server index` wrote."""
 
@@ -117,9 +127,10 @@ class McpConfig(ToolSection):
 
 
 ToolConfig = Annotated[
-    SearchConfig | WebSearchConfig | PythonConfig | ChatConfig | McpConfig, Field(discriminator="kind")
+    ConstantConfig | SearchConfig | WebSearchConfig | PythonConfig | ChatConfig | McpConfig, Field(discriminator="kind")
 ]
 TOOL_KINDS: dict[str, type[ToolSection]] = {
+    "constant": ConstantConfig,
     "search": SearchConfig,
     "web_search": WebSearchConfig,
     "python": PythonConfig,

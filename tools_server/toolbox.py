@@ -6,13 +6,22 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
 from tools_server.arguments import Check, compile_checks
-from tools_server.config import ChatConfig, McpConfig, PythonConfig, SearchConfig, ServerConfig, WebSearchConfig
+from tools_server.config import (
+    ChatConfig,
+    ConstantConfig,
+    McpConfig,
+    PythonConfig,
+    SearchConfig,
+    ServerConfig,
+    WebSearchConfig,
+)
 from tools_server.errors import log
 from tools_server.metrics import Metrics
 from tools_server.prices import load_prices, price_of
 from tools_server.recording import Recorder
 from tools_server.tool import CallContext, Tool, ToolOutput
 from tools_server.tools.chat import ChatTool
+from tools_server.tools.constant import ConstantTool
 from tools_server.tools.mcp import McpServer
 from tools_server.tools.python import PythonTool
 from tools_server.tools.search import SearchTool, WebSearchTool
@@ -42,6 +51,8 @@ class Toolbox:
         self.checks: Mapping[str, Check] = {}
         for name, entry in config.tools.items():
             match entry:
+                case ConstantConfig():
+                    self._sources.append(ConstantTool(name, entry))
                 case SearchConfig():
                     self._sources.append(SearchTool(name, entry))
                 case WebSearchConfig():
