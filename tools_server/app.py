@@ -17,13 +17,14 @@ from tools_server.mcp_facade import McpFacade
 from tools_server.metrics import CONTENT_TYPE
 from tools_server.sessions import Answer, Sessions
 from tools_server.tool import hermes_text
-from tools_server.wire import API_VERSION, MAX_ITEMS, Call, OpenSession, to_json
+from tools_server.wire import API_VERSION, MAX_ITEMS, Call, ForkSession, OpenSession, to_json
 
 T = TypeVar("T")
 CONFIG = web.AppKey("CONFIG", ServerConfig)
 SESSIONS = web.AppKey("SESSIONS", Sessions)
 FIELD_TYPES: dict[type, tuple[tuple[str, type], ...]] = {
     OpenSession: (("session_id", str), ("environment", str), ("setup", dict), ("seed", int)),
+    ForkSession: (("session_id", str), ("new_session_id", str), ("num_calls", int)),
     Call: (("session_id", str), ("call_id", str), ("name", str), ("arguments", dict)),
 }
 JSON_TYPES = {str: "a string", dict: "an object", int: "an integer"}
@@ -41,6 +42,7 @@ def make_app(config: ServerConfig) -> web.Application:
         [
             web.post("/v1/sessions", open_sessions),
             web.post("/v1/calls", call_tools),
+            web.post("/v1/forks", fork_sessions),
             web.post("/v1/finish", finish_sessions),
             web.get("/v1/experts", list_experts),
             web.get("/v1/tools", list_tools),
@@ -58,6 +60,12 @@ def make_app(config: ServerConfig) -> web.Application:
 async def open_sessions(request: web.Request) -> web.Response:
     wanted = _records(await _items(request, "sessions"), "sessions", OpenSession)
     opened = await _settle([request.app[SESSIONS].open(session) for session in wanted])
+    return _reply({"sessions": [to_json(session) for session in opened]})
+
+
+async def fork_sessions(request: web.Request) -> web.Response:
+    forks = _records(await _items(request, "forks"), "forks", ForkSession)
+    opened = await _settle([request.app[SESSIONS].fork(fork) for fork in forks])
     return _reply({"sessions": [to_json(session) for session in opened]})
 
 
@@ -148,10 +156,10 @@ def _records(items: list[Any], key: str, kind: type[T]) -> list[T]:
 
 async def _settle(answers: Sequence[Answer[T]]) -> list[T]:
     """Wait for the answers that are still tasks. A client that goes away cancels none: it may ask again."""
-    tasks = [answer for answer in answers if isinstance(answer, asyncio.Task)]
+    tasks = [answer for answer in answers if isinstance(answer, asyncio.Future)]
     if tasks:
         await asyncio.wait(tasks)
-    settled: list[Any] = [a.result() if isinstance(a, asyncio.Task) else a for a in answers]
+    settled: list[Any] = [a.result() if isinstance(a, asyncio.Future) else a for a in answers]
     return settled
 
 

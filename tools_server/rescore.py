@@ -82,7 +82,7 @@ async def record_of(trace: Trace, sessions: Sessions) -> SessionRecord:
 
 
 async def _answer(answer: Any) -> Any:
-    return await answer if isinstance(answer, asyncio.Task) else answer
+    return await answer if isinstance(answer, asyncio.Future) else answer
 
 
 def _difference(stored: Any, again: Any) -> str:

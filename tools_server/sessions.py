@@ -12,6 +12,7 @@ import time
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from typing import Any, TypeVar
 
 from tools_server import registry
@@ -25,19 +26,24 @@ from tools_server.metrics import Metrics
 from tools_server.tool_session import ToolSession
 from tools_server.toolbox import Toolbox
 from tools_server.trace import Trace, TraceFile
-from tools_server.wire import Call, CallResult, OpenSession, SessionOpened, SessionRecord
+from tools_server.wire import Call, CallResult, ForkSession, OpenSession, SessionOpened, SessionRecord
 
 T = TypeVar("T")
-Answer = T | asyncio.Task[T]
+Answer = T | asyncio.Future[T]
 
 
 def _then(answer: Answer[T], action: Callable[[T], None]) -> Answer[T]:
     """`answer`, with `action` done on it now or when it is there."""
-    if isinstance(answer, asyncio.Task):
+    if isinstance(answer, asyncio.Future):
         answer.add_done_callback(lambda task: task.cancelled() or action(task.result()))
     else:
         action(answer)
     return answer
+
+
+async def _awaited(answer: Answer[T]) -> T:
+    found: Any = answer
+    return await found if isinstance(found, asyncio.Future) else found
 
 
 class Session:
@@ -64,7 +70,7 @@ class Session:
     @property
     def busy(self) -> bool:
         """Whether a task of this session is under way."""
-        return self._in_order.locked() or (isinstance(self.opened, asyncio.Task) and not self.opened.done())
+        return self._in_order.locked() or (isinstance(self.opened, asyncio.Future) and not self.opened.done())
 
     @property
     def _immediate(self) -> bool:
@@ -96,9 +102,9 @@ class Session:
     def history(self) -> list[tuple[Call, CallResult]]:
         """The calls that have their result, in the order in which they were asked for."""
         return [
-            (call, answer.result() if isinstance(answer, asyncio.Task) else answer)
+            (call, answer.result() if isinstance(answer, asyncio.Future) else answer)
             for call, answer in self._answers.values()
-            if not isinstance(answer, asyncio.Task) or answer.done()
+            if not isinstance(answer, asyncio.Future) or answer.done()
         ]
 
     def _open(self) -> SessionOpened:
@@ -239,6 +245,41 @@ class Sessions:
         return CallResult(
             call.session_id, call.call_id, call.name, f"the session {content}", 0.0, 0.0, error, ended=True
         )
+
+    def fork(self, fork: ForkSession) -> Answer[SessionOpened]:
+        """A refusal is an answer with `error` set."""
+        source = self._sessions.get(fork.session_id)
+        if source is None:
+            return SessionOpened(fork.new_session_id, error=f"session {fork.session_id!r} is not open here")
+        if fork.new_session_id in self._sessions:
+            return self._sessions[fork.new_session_id].opened
+        if source.busy:
+            return SessionOpened(fork.new_session_id, error=f"session {fork.session_id!r} has calls under way")
+        history = source.history()
+        num_calls = len(history) if fork.num_calls == -1 else fork.num_calls
+        if not 0 <= num_calls <= len(history):
+            line = f"num_calls: got {num_calls}, session {fork.session_id!r} has {len(history)} calls"
+            return SessionOpened(fork.new_session_id, error=line)
+        return asyncio.create_task(self._fork(source.wanted, history[:num_calls], fork.new_session_id))
+
+    async def _fork(
+        self, wanted: OpenSession, history: list[tuple[Call, CallResult]], new_session_id: str
+    ) -> SessionOpened:
+        """A deterministic environment plays the calls again; tools outside are not asked twice."""
+        opened = await _awaited(self.open(replace(wanted, session_id=new_session_id)))
+        if opened.error is not None:
+            return opened
+        session = self._sessions[new_session_id]
+        error = session.adopt(history) if isinstance(session, ToolSession) else None
+        for call, result in history if isinstance(session, Session) else ():
+            again = await _awaited(session.call(replace(call, session_id=new_session_id)))
+            if again != replace(result, session_id=new_session_id):
+                error = f"call {call.call_id!r} is answered otherwise when it is repeated"
+                break
+        if error is not None:
+            del self._sessions[new_session_id]
+            return SessionOpened(new_session_id, error=error)
+        return opened
 
     def finish(self, session_id: str) -> Answer[SessionRecord]:
         """The verdict; of a session that is not known here, a record with error "unknown_session"."""

@@ -7,14 +7,14 @@ answer is a message to the user; a verifier judges it.
 import asyncio
 import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
 from pydantic import Field, ValidationError
 
 from tools_server.config import Section
 from tools_server.environment import Observation
-from tools_server.errors import BadRequest, log
+from tools_server.errors import UNBILLED, BadRequest, log
 from tools_server.judge import Verifiers
 from tools_server.ledger import Ledger
 from tools_server.tool import CallContext, Price, billed_s
@@ -83,7 +83,7 @@ class ToolSession:
         self._prices: Mapping[str, Price] = {}
         self._ledger = Ledger()
         self._num_calls = 0
-        self._answers: dict[str, tuple[Call, asyncio.Task[CallResult]]] = {}
+        self._answers: dict[str, tuple[Call, asyncio.Future[CallResult]]] = {}
         self._pending: dict[asyncio.Task[CallResult], bool] = {}
         """Calls under way, and whether they write; in the order in which they came."""
         self._over = False
@@ -94,7 +94,7 @@ class ToolSession:
         judging = isinstance(self.record, asyncio.Task) and not self.record.done()
         return bool(self._pending) or judging
 
-    def call(self, call: Call) -> asyncio.Task[CallResult]:
+    def call(self, call: Call) -> asyncio.Future[CallResult]:
         """Raises BadRequest where another call had this call_id."""
         self.last_used_s = time.monotonic()
         known = self._answers.get(call.call_id)
@@ -122,6 +122,24 @@ class ToolSession:
     def history(self) -> list[tuple[Call, CallResult]]:
         """The calls that have their result, in the order in which they were asked for."""
         return [(call, answer.result()) for call, answer in self._answers.values() if answer.done()]
+
+    def adopt(self, history: Sequence[tuple[Call, CallResult]]) -> str | None:
+        """Take over another session's calls with their bill; or why this cannot be: tools that write have a world
+        that no fork can copy.
+        """
+        for call, result in history:
+            tool = self._toolbox.tools.get(call.name)
+            if tool is not None and tool.spec.side_effect == "write" and result.error not in UNBILLED:
+                return f"a session that called {call.name!r}, which writes, cannot be forked"
+        for call, result in history:
+            own = replace(result, session_id=self.wanted.session_id)
+            answer: asyncio.Future[CallResult] = asyncio.get_running_loop().create_future()
+            answer.set_result(own)
+            self._answers[call.call_id] = (replace(call, session_id=own.session_id), answer)
+            self._ledger.charge(own)
+            self._num_calls += bool(call.name) and own.error not in UNBILLED
+            self._over = self._over or own.ended
+        return None
 
     def _open(self) -> SessionOpened:
         name = self.wanted.session_id

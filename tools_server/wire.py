@@ -5,13 +5,14 @@ one request per burst, not one per call:
 
     POST /v1/sessions  {"sessions": [OpenSession, ...]}   -> {"sessions": [SessionOpened, ...]}
     POST /v1/calls     {"calls": [Call, ...]}             -> {"results": [CallResult, ...]}
+    POST /v1/forks     {"forks": [ForkSession, ...]}      -> {"sessions": [SessionOpened, ...]}
     POST /v1/finish    {"session_ids": [str, ...]}        -> {"records": [SessionRecord, ...]}
     GET  /healthz                                         -> {"status": "ok", "version": ..., "sessions": n}
     GET  /v1/experts                                      -> {"experts": {name: profile}}
     GET  /readyz, /metrics                                -> for load balancers and Prometheus
     GET  /v1/tools                                        -> {"tools": [OpenAI function schema, ...]}
 
-All three POSTs are idempotent: opening a session again or repeating a call_id returns the first answer, and
+All POSTs are idempotent: opening a session again or repeating a call_id returns the first answer, and
 finishing twice returns the stored record, so a client may retry after any network failure.
 """
 
@@ -50,6 +51,18 @@ class OpenSession:
     environment: str
     setup: dict[str, Any]
     seed: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class ForkSession:
+    """Open `new_session_id` as `session_id` was after its first `num_calls` calls (-1: all of them).
+
+    A snapshot is thus a number of calls, and to restore it is to go on with a fork. Calls keep their ids and bill.
+    """
+
+    session_id: str
+    new_session_id: str
+    num_calls: int = -1
 
 
 @dataclass(frozen=True, slots=True)
