@@ -147,7 +147,9 @@ def _parse() -> argparse.Namespace:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     config = parser.add_mutually_exclusive_group(required=True)
-    config.add_argument("config", nargs="?", type=Path, metavar="CONFIG.yaml", help="its keys: jorch tools-server --help")
+    config.add_argument(
+        "config", nargs="?", type=Path, metavar="CONFIG.yaml", help="its keys: jorch tools-server --help"
+    )
     config.add_argument("--config", dest="config_option", type=Path, metavar="CONFIG.yaml", help="the same")
     parser.add_argument("--check", action="store_true", help="start every tool once, say what is missing, and stop")
     parser.add_argument("--host", help="address to listen on, instead of the file's")

@@ -157,7 +157,8 @@ def extract(text: str) -> str:
 
 def normalize(text: str) -> str:
     """Lower case, without articles, punctuation, accents and double spaces, as SQuAD's scorer compares answers."""
-    letters = "".join(c for c in unicodedata.normalize("NFKD", text.casefold()) if not unicodedata.combining(c))
+    plain = unicodedata.normalize("NFKD", unicodedata.normalize("NFKD", text).casefold())  # either may undo the other
+    letters = "".join(c for c in plain if not unicodedata.combining(c))
     words = re.sub(r"[^\w\s]", " ", letters).split()
     return " ".join(word for word in words if word not in ("a", "an", "the"))
 

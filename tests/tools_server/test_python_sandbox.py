@@ -330,6 +330,18 @@ def test_a_cancelled_run_gives_its_sandbox_back():
     assert children() == []
 
 
+def test_a_pool_that_is_closed_while_its_sandboxes_start():
+    """Whatever moment of the start the end meets."""
+
+    async def main():
+        for number in range(12):
+            async with SandboxPool(4, LIMITS, PYTHON):
+                await asyncio.sleep(0.004 * number)
+
+    asyncio.run(asyncio.wait_for(main(), 60))
+    assert children() == []
+
+
 def test_it_does_not_start_without_a_sandbox_unless_told_to(monkeypatch):
     async def start(**options):
         async with SandboxPool(1, LIMITS, PYTHON, **options) as pool:

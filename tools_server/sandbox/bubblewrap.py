@@ -159,8 +159,14 @@ class Sandbox:
         return Run(status if status >= 0 else 128 - status, stdout, stderr, timed_out, cut, work_s)
 
     async def close(self) -> None:
-        """End it and all that runs in it: its processes die with the first one of their namespace."""
+        """End it and all that runs in it: its processes die with the first one of their namespace.
+
+        One that was killed while it started may leave a process that does not know yet that it is to die with it: its
+        stdin ends, and so does it.
+        """
         self._kill()
+        assert self._process.stdin is not None
+        self._process.stdin.close()
         await self._process.wait()
 
     def _kill(self) -> None:

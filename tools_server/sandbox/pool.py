@@ -28,6 +28,7 @@ class SandboxPool:
         self._unprotected = unprotected
         self._waiting: asyncio.Queue[Sandbox | SandboxFailure] = asyncio.Queue()
         self._starting: set[asyncio.Task[None]] = set()
+        self._closing = False
 
     async def __aenter__(self) -> "SandboxPool":
         try:
@@ -42,9 +43,9 @@ class SandboxPool:
         return self
 
     async def __aexit__(self, *_: object) -> None:
-        for task in self._starting:
-            task.cancel()
-        await asyncio.gather(*self._starting, return_exceptions=True)
+        """Starts under way are waited for: asyncio may hang where the start of a process is cancelled."""
+        self._closing = True
+        await asyncio.gather(*self._starting)
         while not self._waiting.empty():
             sandbox = self._waiting.get_nowait()
             if isinstance(sandbox, Sandbox):
@@ -73,7 +74,7 @@ class SandboxPool:
 
     async def _put_one(self, slot: int) -> None:
         """Put a fresh sandbox where a run finds it. A failure ends one run where one waits, then is mended."""
-        while True:
+        while not self._closing:
             try:
                 self._waiting.put_nowait(await self._start(slot))
                 return
