@@ -16,16 +16,25 @@ def fields(model: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, Fiel
     """Every key with its full dotted name, sections included, in the order of the model."""
     for name, field in model.model_fields.items():
         yield f"{prefix}{name}", field
+        each = ".NAME" if get_origin(field.annotation) is dict else ""
         section = section_of(field)
         if section is not None:
-            each = ".NAME" if get_origin(field.annotation) is dict else ""
             yield from fields(section, f"{prefix}{name}{each}.")
+        for kind, variant in variants_of(field).items():
+            yield from fields(variant, f"{prefix}{name}{each}[{kind}].")
 
 
 def section_of(field: FieldInfo) -> type[BaseModel] | None:
     """The model behind `Model`, `Model | None` or `dict[str, Model]`; None for a plain key."""
     options = get_args(field.annotation) or (field.annotation,)
     return next((o for o in options if isinstance(o, type) and issubclass(o, BaseModel)), None)
+
+
+def variants_of(field: FieldInfo) -> dict[str, type[BaseModel]]:
+    """The models of a `dict[str, A | B]` by the value of the key `kind` that chooses one; of a plain key none."""
+    value = get_args(field.annotation)[-1:] if get_origin(field.annotation) is dict else ()
+    options = [option for part in value if hasattr(part, "__metadata__") for option in get_args(part.__origin__)]
+    return {get_args(option.model_fields["kind"].annotation)[0]: option for option in options}
 
 
 def about(field: FieldInfo) -> str:
@@ -39,7 +48,7 @@ def describe(model: type[BaseModel], width: int) -> str:
     """All keys with type, default and description, wrapped at `width` columns."""
     lines, last = [], ""
     for key, field in fields(model):
-        section = key if section_of(field) else key.rpartition(".")[0]
+        section = key if section_of(field) or variants_of(field) else key.rpartition(".")[0]
         if section != last and lines:
             lines.append("")
         if section == key:

@@ -66,7 +66,7 @@ def load(path: str | Path, model: type[ConfigT], overrides: Sequence[str] = ()) 
 
 def dump(config: BaseModel) -> str:
     """YAML text from which `load` makes the same config."""
-    return yaml.dump(config.model_dump(), Dumper=_Dumper, sort_keys=False, allow_unicode=False, width=110)
+    return yaml.dump(config.model_dump(mode="json"), Dumper=_Dumper, sort_keys=False, allow_unicode=False, width=110)
 
 
 def configs_dir() -> Path:

@@ -1,11 +1,14 @@
-"""`python -m tools_server --config FILE`: serve until SIGTERM, Ctrl-C or, on request, the parent's death.
+"""`python -m tools_server CONFIG.yaml`: serve until SIGTERM, Ctrl-C or, on request, the parent's death.
 
-The first line on stdout says the address. Exit status: 0 after such a stop, 2 after a user's mistake.
+The first line on stdout says the address. Exit status: 0 after such a stop, 2 after a user's mistake. Other
+commands take the config's place: `python -m tools_server index DOCUMENTS --out FILE`.
 """
 
 import argparse
 import asyncio
+import contextlib
 import errno
+import importlib
 import ipaddress
 import logging
 import os
@@ -17,26 +20,55 @@ from pathlib import Path
 
 from aiohttp import web
 
-from tools_server.app import make_app
+from tools_server.app import SESSIONS, make_app
 from tools_server.config import TOKEN_VARIABLE, ServerConfig, load_config
 from tools_server.errors import one_line
+from tools_server.sessions import Sessions
 
 DRAIN_S = 8.0
 """How long a stopping server waits for requests under way."""
 
+COMMANDS = {
+    "index": ("tools_server.index", "build the index of a search tool"),
+    "bench": ("tools_server.bench", "measure the server on this machine"),
+    "conformance": ("tools_server.conformance", "play a benchmark's gold calls over HTTP"),
+    "rescore": ("tools_server.rescore", "compute the records of stored traces again"),
+    "import-prices": ("tools_server.prices", "price table from litellm's public JSON"),
+}
+"""Module, whose `main` takes the arguments, and purpose."""
+
 
 def main() -> int:
-    arguments = _parse()
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     try:
-        config = load_config(arguments.config)
-        overrides = {"host": arguments.host, "port": arguments.port}
-        config = config.model_copy(update={key: value for key, value in overrides.items() if value is not None})
-        asyncio.run(serve(config, arguments.exit_with_parent))
+        if sys.argv[1:2] and sys.argv[1] in COMMANDS:
+            module, _ = COMMANDS[sys.argv[1]]
+            return importlib.import_module(module).main(sys.argv[2:])
+        return _serve(_parse())
     except ValueError as error:
         print(one_line(error, max_characters=1000), file=sys.stderr)
         return 2
+
+
+def _serve(arguments: argparse.Namespace) -> int:
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    config = load_config(arguments.config or arguments.config_option)
+    overrides = {"host": arguments.host, "port": arguments.port}
+    config = config.model_copy(update={key: value for key, value in overrides.items() if value is not None})
+    if arguments.check:
+        return asyncio.run(check(config))
+    asyncio.run(serve(config, arguments.exit_with_parent))
     return 0
+
+
+async def check(config: ServerConfig) -> int:
+    """Start every tool once, say what is missing, and stop. Chat endpoints are asked one short question."""
+    sessions = Sessions(config)
+    faults = await sessions.toolbox.check()
+    await sessions.close()
+    for fault in faults:
+        print(fault)
+    print(f"{len(config.tools) - len(faults)}/{len(config.tools)} tools can be used")
+    return 1 if faults else 0
 
 
 async def serve(config: ServerConfig, exit_with_parent: bool) -> None:
@@ -50,14 +82,24 @@ async def serve(config: ServerConfig, exit_with_parent: bool) -> None:
     if exit_with_parent:
         _watch_parent(stop)
     runner = web.AppRunner(make_app(config), access_log=None, shutdown_timeout=DRAIN_S)
-    await runner.setup()
     try:
+        await runner.setup()
         await _listen(runner, config)
         host, port = runner.addresses[0][:2]
         print(f"tools-server ready http://{f'[{host}]' if ':' in host else host}:{port}", flush=True)
         await stop.wait()
+        await _drain(runner.app[SESSIONS], config.drain_s)
     finally:
         await runner.cleanup()
+
+
+async def _drain(sessions: Sessions, drain_s: float) -> None:
+    """Open no more sessions, and let the open ones go on for a while."""
+    sessions.draining = True
+    with contextlib.suppress(TimeoutError):
+        async with asyncio.timeout(drain_s):
+            while len(sessions):
+                await asyncio.sleep(0.05)
 
 
 async def _listen(runner: web.AppRunner, config: ServerConfig) -> None:
@@ -97,8 +139,19 @@ def _watch_parent(stop: asyncio.Event) -> None:
 
 
 def _parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m tools_server", description="jorch's tool server")
-    parser.add_argument("--config", type=Path, required=True, help="YAML file (tools_server/config.py)")
+    commands = "\n".join(f"  {name:14}{purpose}" for name, (_, purpose) in COMMANDS.items())
+    parser = argparse.ArgumentParser(
+        prog="python -m tools_server",
+        description="jorch's tool server",
+        epilog=f"other commands, in the config's place:\n{commands}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    config = parser.add_mutually_exclusive_group(required=True)
+    config.add_argument(
+        "config", nargs="?", type=Path, metavar="CONFIG.yaml", help="its keys: jorch tools-server --help"
+    )
+    config.add_argument("--config", dest="config_option", type=Path, metavar="CONFIG.yaml", help="the same")
+    parser.add_argument("--check", action="store_true", help="start every tool once, say what is missing, and stop")
     parser.add_argument("--host", help="address to listen on, instead of the file's")
     parser.add_argument("--port", type=_port, help="port, instead of the file's; 0 = a free one")
     parser.add_argument("--exit-with-parent", action="store_true", help="stop when stdin, a pipe, closes")

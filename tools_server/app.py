@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import functools
 import hmac
 import json
 import os
@@ -12,14 +13,18 @@ from aiohttp import web
 
 from tools_server.config import TOKEN_VARIABLE, ServerConfig
 from tools_server.errors import BadRequest, errors_as_json
+from tools_server.mcp_facade import McpFacade
+from tools_server.metrics import CONTENT_TYPE
 from tools_server.sessions import Answer, Sessions
-from tools_server.wire import API_VERSION, MAX_ITEMS, Call, OpenSession, to_json
+from tools_server.tool import hermes_text
+from tools_server.wire import API_VERSION, MAX_ITEMS, Call, ForkSession, OpenSession, to_json
 
 T = TypeVar("T")
 CONFIG = web.AppKey("CONFIG", ServerConfig)
 SESSIONS = web.AppKey("SESSIONS", Sessions)
 FIELD_TYPES: dict[type, tuple[tuple[str, type], ...]] = {
     OpenSession: (("session_id", str), ("environment", str), ("setup", dict), ("seed", int)),
+    ForkSession: (("session_id", str), ("new_session_id", str), ("num_calls", int)),
     Call: (("session_id", str), ("call_id", str), ("name", str), ("arguments", dict)),
 }
 JSON_TYPES = {str: "a string", dict: "an object", int: "an integer"}
@@ -37,18 +42,30 @@ def make_app(config: ServerConfig) -> web.Application:
         [
             web.post("/v1/sessions", open_sessions),
             web.post("/v1/calls", call_tools),
+            web.post("/v1/forks", fork_sessions),
             web.post("/v1/finish", finish_sessions),
             web.get("/v1/experts", list_experts),
+            web.get("/v1/tools", list_tools),
             web.get("/healthz", report_health),
+            web.get("/readyz", report_readiness),
+            web.get("/metrics", report_metrics),
         ]
     )
     app.cleanup_ctx.append(_run_sessions)
+    if config.tools:
+        _add_mcp(app)
     return app
 
 
 async def open_sessions(request: web.Request) -> web.Response:
     wanted = _records(await _items(request, "sessions"), "sessions", OpenSession)
     opened = await _settle([request.app[SESSIONS].open(session) for session in wanted])
+    return _reply({"sessions": [to_json(session) for session in opened]})
+
+
+async def fork_sessions(request: web.Request) -> web.Response:
+    forks = _records(await _items(request, "forks"), "forks", ForkSession)
+    opened = await _settle([request.app[SESSIONS].fork(fork) for fork in forks])
     return _reply({"sessions": [to_json(session) for session in opened]})
 
 
@@ -73,9 +90,31 @@ async def list_experts(request: web.Request) -> web.Response:
     return _reply({"experts": {name: profile.model_dump() for name, profile in experts.items()}})
 
 
+async def list_tools(request: web.Request) -> web.Response:
+    """The configured tools as OpenAI function schemas, or with `?format=hermes` as text for a system prompt."""
+    specs = [tool.spec for tool in request.app[SESSIONS].toolbox.tools.values()]
+    match request.query.get("format", "openai"):
+        case "openai":
+            return _reply({"tools": [spec.openai for spec in specs]})
+        case "hermes":
+            return web.Response(text=hermes_text(specs))
+        case other:
+            raise BadRequest(f"format: got {other[:40]!r}, allowed: openai, hermes")
+
+
 async def report_health(request: web.Request) -> web.Response:
     """Asks for no token: a liveness probe has none."""
     return _reply({"status": "ok", "version": API_VERSION, "sessions": len(request.app[SESSIONS])})
+
+
+async def report_readiness(request: web.Request) -> web.Response:
+    """503 where a load balancer should send no new session; asks for no token."""
+    reason = request.app[SESSIONS].unready()
+    return web.json_response({"status": reason or "ready"}, status=503 if reason else 200)
+
+
+async def report_metrics(request: web.Request) -> web.Response:
+    return web.Response(body=request.app[SESSIONS].metrics.render(), headers={"Content-Type": CONTENT_TYPE})
 
 
 def _reply(payload: dict[str, Any]) -> web.Response:
@@ -117,10 +156,10 @@ def _records(items: list[Any], key: str, kind: type[T]) -> list[T]:
 
 async def _settle(answers: Sequence[Answer[T]]) -> list[T]:
     """Wait for the answers that are still tasks. A client that goes away cancels none: it may ask again."""
-    tasks = [answer for answer in answers if isinstance(answer, asyncio.Task)]
+    tasks = [answer for answer in answers if isinstance(answer, asyncio.Future)]
     if tasks:
         await asyncio.wait(tasks)
-    settled: list[Any] = [a.result() if isinstance(a, asyncio.Task) else a for a in answers]
+    settled: list[Any] = [a.result() if isinstance(a, asyncio.Future) else a for a in answers]
     return settled
 
 
@@ -132,15 +171,29 @@ def _authorisation(token: str) -> Any:
         request: web.Request, handler: Callable[[web.Request], Awaitable[web.StreamResponse]]
     ) -> web.StreamResponse:
         given = request.headers.get("Authorization", "").encode(errors="surrogateescape")
-        if token and request.path != "/healthz" and not hmac.compare_digest(given, expected):
+        if token and request.path not in ("/healthz", "/readyz") and not hmac.compare_digest(given, expected):
             raise web.HTTPUnauthorized(reason=f"wrong or missing bearer token (set {TOKEN_VARIABLE})")
         return await handler(request)
 
     return check_token
 
 
+def _add_mcp(app: web.Application) -> None:
+    """The tools at /mcp, where the extra mcp is installed."""
+    with contextlib.suppress(ImportError):
+        facade = McpFacade(app[SESSIONS].toolbox)
+        app.router.add_post("/mcp", facade.handle)
+        app.cleanup_ctx.append(functools.partial(_run_facade, facade))
+
+
+async def _run_facade(facade: McpFacade, app: web.Application) -> AsyncIterator[None]:
+    async with facade.running():
+        yield
+
+
 async def _run_sessions(app: web.Application) -> AsyncIterator[None]:
     """Forget idle sessions as long as the server runs."""
+    await app[SESSIONS].toolbox.start()
     interval_s = min(app[CONFIG].session_ttl_s / 4, 60.0)
 
     async def forget_repeatedly() -> None:
@@ -148,9 +201,9 @@ async def _run_sessions(app: web.Application) -> AsyncIterator[None]:
             await asyncio.sleep(interval_s)
             app[SESSIONS].forget_idle()
 
-    reaper = asyncio.create_task(forget_repeatedly())
+    watchers = [asyncio.create_task(forget_repeatedly()), asyncio.create_task(app[SESSIONS].metrics.watch_lag())]
     yield
-    reaper.cancel()
-    with contextlib.suppress(asyncio.CancelledError):
-        await reaper
-    app[SESSIONS].close()
+    for watcher in watchers:
+        watcher.cancel()
+    await asyncio.gather(*watchers, return_exceptions=True)
+    await app[SESSIONS].close()

@@ -1,12 +1,11 @@
-"""Checks a call's arguments against its tool's JSON schema, before the environment sees it.
-
-Needs jsonschema (with the optional extra tau2), imported only for environments that publish schemas.
-"""
+"""Checks a call's arguments against its tool's JSON schema, before the tool or the environment sees it."""
 
 import functools
 import json
 from collections.abc import Callable, Mapping
 from typing import Any
+
+from jsonschema.validators import validator_for
 
 MAX_CHARACTERS = 200
 Check = Callable[[dict[str, Any]], str | None]
@@ -21,10 +20,6 @@ def compile_checks(tools: list[dict[str, Any]]) -> Mapping[str, Check]:
 @functools.lru_cache(maxsize=256)
 def _compile(tools_json: str) -> Mapping[str, Check]:
     """Sessions of one environment publish the same schemas, so each list is compiled once per process."""
-    try:
-        from jsonschema.validators import validator_for
-    except ImportError as error:
-        raise ValueError("checking tools' arguments needs the package jsonschema, which is missing") from error
     checks: dict[str, Check] = {}
     for tool in json.loads(tools_json):
         function = tool.get("function", {})

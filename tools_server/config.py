@@ -4,11 +4,12 @@ A mistake in the file is one line: `FILE:LINE: unknown key 'experts.a.skil'; did
 """
 
 import difflib
+from datetime import date
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, ValidationError, model_validator
 
 TOKEN_VARIABLE = "JORCH_TOOLS_TOKEN"
 """Environment variable with the bearer token that clients must send; unset = none asked."""
@@ -19,6 +20,132 @@ class Section(BaseModel):
     """A frozen group of keys; unknown keys are errors."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+class ToolSection(Section):
+    """What every configured tool has. Prices are in USD, times in seconds."""
+
+    description: str | None = Field(None, description="what the orchestrator reads; None = the kind's own")
+    version: str = Field("1", description="part of a recording's key: raise it when the tool's answers change")
+    timeout_s: PositiveFloat = Field(30.0, description="of the tool's own work, without queue and retries")
+    latency_s: float | None = Field(None, ge=0, description="billed for a call; None = the measured time")
+    usd_per_call: float = Field(0.0, ge=0)
+
+
+class ConstantConfig(ToolSection):
+    """Answers every call with one text: for tests, benchmarks, and tools that only say something."""
+
+    kind: Literal["constant"]
+    answer: str
+    parameters: dict[str, Any] = Field(
+        {"type": "object", "additionalProperties": False}, description="JSON Schema of the arguments"
+    )
+
+
+class SearchConfig(ToolSection):
+    """Full-text search in an index that `python -m tools_server index` wrote."""
+
+    kind: Literal["search"]
+    index: Path
+    num_results: PositiveInt = 5
+    max_characters: PositiveInt = Field(1200, description="of each passage that is shown")
+
+
+class WebSearchConfig(ToolSection):
+    """A web search service with Tavily's interface: POST {"query", "max_results"} -> {"results": [...]}."""
+
+    kind: Literal["web_search"]
+    url: str
+    key_variable: str | None = Field(None, description="environment variable with the service's key")
+    num_results: PositiveInt = 5
+    max_characters: PositiveInt = Field(1200, description="of each passage that is shown")
+    retries: int = Field(3, ge=0)
+
+
+class PythonConfig(ToolSection):
+    """Runs programs in a bubblewrap sandbox without network."""
+
+    kind: Literal["python"]
+    timeout_s: PositiveFloat = Field(20.0, description="wall time of a program")
+    usd_per_second: float = Field(0.0, ge=0, description="of a program's wall time")
+    sandboxes: PositiveInt = Field(4, description="kept ready; as many programs run at once")
+    python: str = Field("/usr/bin/python3", description="interpreter, seen inside at the same path")
+    read_only: tuple[str, ...] = Field((), description="folders beside /usr that programs may read")
+    memory_bytes: PositiveInt = Field(512 * 1024**2, description="of each process")
+    cpu_s: PositiveInt = Field(15, description="of each process")
+    max_processes: PositiveInt = Field(32, description="processes and threads together")
+    file_bytes: PositiveInt = Field(16 * 1024**2, description="of each file")
+    output_bytes: PositiveInt = Field(64 * 1024, description="of stdout, and of stderr")
+    run_model_code_without_a_sandbox: bool = Field(False, description="true: programs may do what this server may")
+
+
+class ChatConfig(ToolSection):
+    """A model behind an OpenAI-compatible chat endpoint. Its price: the three keys, or `price` by name."""
+
+    kind: Literal["chat"]
+    timeout_s: PositiveFloat = Field(300.0, description="of one attempt")
+    url: str = Field(description="up to the version, e.g. http://127.0.0.1:8000/v1")
+    model: str
+    key_variable: str | None = Field(None, description="environment variable with the endpoint's key")
+    system: str | None = Field(None, description="system message")
+    temperature: float | None = Field(None, ge=0)
+    max_output_tokens: PositiveInt = 4096
+    max_prompt_characters: PositiveInt = Field(200_000, description="longer prompts keep their beginning and end")
+    max_answer_bytes: PositiveInt = Field(4 * 1024**2, description="of the endpoint's response")
+    concurrency: PositiveInt = Field(16, description="requests at once")
+    requests_per_minute: PositiveFloat | None = None
+    retries: int = Field(3, ge=0, description="after the first attempt, at failures that may pass")
+    backoff_s: PositiveFloat = Field(1.0, description="before the first retry, then doubled, with jitter")
+    breaker_failures: PositiveInt = Field(5, description="in a row, after which the endpoint is left alone")
+    breaker_pause_s: PositiveFloat = Field(30.0, description="for which it is left alone")
+    usd_per_million_input_tokens: float | None = Field(None, ge=0)
+    usd_per_million_cached_tokens: float | None = Field(None, ge=0, description="None = as other input")
+    usd_per_million_output_tokens: float | None = Field(None, ge=0)
+    price: str | None = Field(None, description="name in the server's price table, in place of the three keys")
+
+    @model_validator(mode="after")
+    def _has_one_price(self) -> "ChatConfig":
+        declared = self.usd_per_million_input_tokens is not None and self.usd_per_million_output_tokens is not None
+        if declared == (self.price is not None):
+            raise ValueError("set either price, or usd_per_million_input_tokens and usd_per_million_output_tokens")
+        return self
+
+
+class McpConfig(ToolSection):
+    """The tools of an MCP server, started by `command` (stdio) or reached at `url` (streamable HTTP)."""
+
+    kind: Literal["mcp"]
+    command: tuple[str, ...] | None = None
+    url: str | None = None
+    tools: tuple[str, ...] | None = Field(None, description="names to take; None = all")
+
+    @model_validator(mode="after")
+    def _has_one_transport(self) -> "McpConfig":
+        if (self.command is None) == (self.url is None):
+            raise ValueError("set exactly one of command and url")
+        return self
+
+
+ToolConfig = Annotated[
+    ConstantConfig | SearchConfig | WebSearchConfig | PythonConfig | ChatConfig | McpConfig, Field(discriminator="kind")
+]
+TOOL_KINDS: dict[str, type[ToolSection]] = {
+    "constant": ConstantConfig,
+    "search": SearchConfig,
+    "web_search": WebSearchConfig,
+    "python": PythonConfig,
+    "chat": ChatConfig,
+    "mcp": McpConfig,
+}
+
+
+class RecordingConfig(Section):
+    """Recordings of calls that do not write."""
+
+    path: Path
+    mode: Literal["record", "replay", "replay_or_fail"] = Field(
+        description="record: ask always; replay: ask where nothing is recorded; replay_or_fail: never ask"
+    )
 
 
 class ExpertProfile(Section):
@@ -38,12 +165,24 @@ class ServerConfig(Section):
     host: str = Field("127.0.0.1", description="address to listen on")
     port: int = Field(8900, ge=0, le=65535, description="0 = a free one")
     experts: dict[str, ExpertProfile] = Field({}, description="catalogue of experts by name")
+    tools: dict[str, ToolConfig] = Field({}, description="tools of the environment `tools`, by name")
+    prices: Path | None = Field(None, description="YAML table of dated model prices")
+    price_date: date | None = Field(None, description="prices in force on this day are charged; needed with `prices`")
+    recording: RecordingConfig | None = Field(None, description="recordings of tool calls; None = none")
+    traces: Path | None = Field(None, description="file to which every finished session is appended")
+    drain_s: float = Field(0.0, ge=0, description="after SIGTERM, for which open sessions may go on")
     seed: int = Field(0, description="of the simulated experts' chance failures")
     time_scale: float = Field(0.0, ge=0, description="seconds slept per second of billed latency")
     max_sessions: PositiveInt = Field(4096, description="open at once; as many finished ones are remembered")
     session_ttl_s: PositiveFloat = Field(3600.0, description="an idle session is forgotten after it")
     max_request_bytes: PositiveInt = Field(64 * 1024**2, description="of one request's body")
     worker_threads: PositiveInt = Field(16, description="for environments whose calls block")
+
+    @model_validator(mode="after")
+    def _dates_its_prices(self) -> "ServerConfig":
+        if (self.prices is None) != (self.price_date is None):
+            raise ValueError("set prices and price_date together")
+        return self
 
 
 def load_config(path: Path) -> ServerConfig:
@@ -79,14 +218,24 @@ def _line(node: Any, location: tuple[int | str, ...]) -> int:
             break
         pairs = [(key, value) for key, value in node.value if key.value == str(part)]
         if not pairs:
-            break
+            continue  # not in the file: a missing key, or the kind by which a tool's model was chosen
         key, node = pairs[-1]
         line = key.start_mark.line
     return line + 1
 
 
+def _model_of(location: list[str]) -> type[Section]:
+    """The model that an error's location lies in."""
+    if len(location) == 1:
+        return ServerConfig
+    return TOOL_KINDS.get(location[2], ToolSection) if location[0] == "tools" and len(location) > 2 else ExpertProfile
+
+
 def _explain(error: Any) -> str:
     location = [str(part) for part in error["loc"]]
+    model = _model_of(location)
+    if location[0] == "tools" and len(location) > 2:
+        del location[2]  # the kind
     key = ".".join(location)
     if error["type"] == "missing":
         return f"missing key {key!r}"
@@ -94,7 +243,6 @@ def _explain(error: Any) -> str:
         return f"{key!r}: {error['msg']}; got {str(error['input'])[:60]!r}"
     if location[-1] == "token":
         return f"unknown key {key!r}; the token is never in a file: set {TOKEN_VARIABLE}"
-    model = ServerConfig if len(location) == 1 else ExpertProfile
     close = difflib.get_close_matches(location[-1], model.model_fields, n=1)
     if close:
         return f"unknown key {key!r}; did you mean {'.'.join([*location[:-1], close[0]])!r}?"

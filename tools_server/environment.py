@@ -14,6 +14,8 @@ class Observation(NamedTuple):
     latency_s: float = 0.0
     error: str | None = None
     ended: bool = False
+    work_s: float = 0.0
+    wait_s: float = 0.0
 
 
 class Environment(Protocol):

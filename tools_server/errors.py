@@ -5,9 +5,9 @@ from collections.abc import Awaitable, Callable
 
 from aiohttp import web
 
-UNBILLED = frozenset(
-    {"unknown_tool", "invalid_arguments", "repeated_call", "unknown_session", "session_over", "env_error"}
-)
+from tools_server.wire import FAILURES
+
+UNBILLED = frozenset(FAILURES) - {"tool_error", "timeout"}
 """Errors of calls that no tool carried out: they cost nothing and count as no use of a tool."""
 
 log = logging.getLogger("tools_server")

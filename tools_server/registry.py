@@ -9,6 +9,8 @@ ENVIRONMENTS: dict[str, str] = {
     "tau2": "tools_server.envs.tau2:Tau2Environment",
 }
 """Dotted path by kind. A class takes (setup, seed, config: ServerConfig)."""
+TOOLS = "tools"
+"""The kind whose sessions use the server's configured tools (`tool_session.py`)."""
 
 _imported: dict[str, type[Environment]] = {}
 
@@ -22,7 +24,7 @@ def environment_class(kind: str) -> type[Environment]:
     """The class of `kind`, imported at need. Raises ValueError where it is unknown or cannot be imported."""
     if kind not in _imported:
         if kind not in ENVIRONMENTS:
-            raise ValueError(f"unknown environment {kind!r}; allowed: {', '.join(ENVIRONMENTS)}")
+            raise ValueError(f"unknown environment {kind!r}; allowed: {', '.join([*ENVIRONMENTS, TOOLS])}")
         module, name = ENVIRONMENTS[kind].split(":")
         try:
             _imported[kind] = getattr(importlib.import_module(module), name)

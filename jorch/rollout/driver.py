@@ -31,7 +31,8 @@ from jorch.types import (
 
 MALFORMED = frozenset({"unknown_tool", "invalid_arguments"})
 """Errors of the server that the model's own writing caused."""
-_LOST = frozenset({"unknown_session", "session_over"})
+_LOST = frozenset({"unknown_session", "session_over", "infra_error"})
+"""Errors that say nothing about the policy: another attempt is made."""
 _SELF_CONTAINED = frozenset({"experts"})
 """Environments whose tasks carry all messages and tools: the first turn is sampled while the session still opens."""
 
@@ -51,7 +52,7 @@ async def probe(tools: ToolClient, tasks: Sequence[Task]) -> None:
 
 
 class SessionLost(Exception):
-    """The tool server forgot a session (it was restarted): the attempt says nothing about the policy."""
+    """The tool server forgot a session, or what stands behind it failed: the attempt says nothing about the policy."""
 
 
 @dataclass
@@ -103,7 +104,10 @@ class Driver:
             raise failures.exceptions[0] from None
         results = [[task.result() for task in siblings] for siblings in groups]
         if all(t.termination == "infra_error" for siblings in results for t in siblings):
-            raise ToolServerDown(f"tool server {self.tools.url} lost all sessions of {run_id}: it was restarted")
+            raise ToolServerDown(
+                f"tool server {self.tools.url} lost all sessions of {run_id}: it was restarted, or what its tools "
+                "need is down"
+            )
         return results
 
     async def run_task(self, task: Task, trajectory_id: str, seed: int, temperature: float) -> Trajectory:

@@ -41,7 +41,7 @@ def one_line(result: subprocess.CompletedProcess[str]) -> str:
 
 def command_of(path: Path) -> str:
     """The command that a shipped config is for: the first word of its name."""
-    return "tools-server" if path.stem == "tools_server" else path.stem.split("_")[0]
+    return "tools-server" if path.stem.startswith("tools_server") else path.stem.split("_")[0]
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.name)

@@ -42,6 +42,8 @@ class Broken:
         self.messages = [{"role": "user", "content": "the environment speaks"}]
 
     def call(self, name, arguments):
+        if self.setup["breaks"] == "infrastructure":
+            return Observation(name, "no answer", 0.5, 1.0, "infra_error", ended=True)
         if self.setup["breaks"] == "call":
             raise KeyError("a bug")
         return Observation(name, "done", 0.5, 1.0, ended=True)
@@ -305,6 +307,18 @@ def test_an_environment_that_breaks_is_an_env_error(breaks, server):
     trajectory = roll_out_one(server, broken(breaks), [WORK])
     assert (trajectory.termination, trajectory.outcome) == ("env_error", 0.0)
     assert len(trajectory.turns) == 1
+
+
+def test_a_failing_infrastructure_is_no_outcome(server):
+    """What the tools need is down: the attempt says nothing about the policy, and its siblings keep theirs."""
+    down, up = replace(broken("infrastructure"), task_id="down"), broken("nothing")
+    sampler = ScriptedSampler({"down": [WORK], up.task_id: [WORK]})
+    [[lost], [kept]] = roll_out(server, [down, up], sampler, trajectory_retries=2)
+    assert (lost.termination, lost.turns, lost.cost_usd) == ("infra_error", (), 0.0)
+    assert (kept.termination, kept.outcome) == ("answered", 1.0)
+    assert sum("down" in request.trajectory_id for request in sampler.requests) == 3
+    with pytest.raises(ToolServerDown, match="what its tools need is down"):
+        roll_out(server, [down], ScriptedSampler({"down": [WORK]}))
 
 
 QUICK = replace(TASK, task_id="quick")

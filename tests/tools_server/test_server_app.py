@@ -152,6 +152,7 @@ def test_a_batch_of_sessions_from_open_to_record():
                 "latency_s": 2.0,
                 "tool_counts": {"search-1": 1, "answer-1": 1},
                 "error": None,
+                "verdict": None,
             },
             {
                 "session_id": "b",
@@ -160,6 +161,7 @@ def test_a_batch_of_sessions_from_open_to_record():
                 "latency_s": 1.0,
                 "tool_counts": {"answer-1": 1},
                 "error": None,
+                "verdict": None,
             },
         ]
 
@@ -218,7 +220,7 @@ def test_unknown_and_ended_sessions_answer_in_place():
 def test_refused_set_ups_say_why_and_hold_no_place():
     async def scenario(server):
         [unknown] = await server.open("a", environment="chess")
-        assert unknown["error"] == "unknown environment 'chess'; allowed: experts, tau2"
+        assert unknown["error"] == "unknown environment 'chess'; allowed: experts, tau2, tools"
         [bad] = await server.open("a", setup={"model_mapping": {"answer-1": "absent"}})
         assert "unknown expert 'absent'" in bad["error"]
         assert (await server.request("GET", "/healthz"))[1]["sessions"] == 0

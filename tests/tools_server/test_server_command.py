@@ -107,3 +107,34 @@ def test_mistakes_in_config_and_options(start, tmp_path):
     assert lines[3] == f"{tmp_path}/absent.yaml: cannot be read (No such file or directory)"
     line = failure(start(config="exports: {}\n"))
     assert line == f"{tmp_path}/server.yaml:1: unknown key 'exports'; did you mean 'experts'?"
+
+
+def test_check_says_what_is_missing(start, tmp_path):
+    config = f"""\
+tools:
+  search: {{kind: search, index: {tmp_path}/none.sqlite}}
+  web: {{kind: web_search, url: "http://127.0.0.1:9/search", key_variable: NO_SUCH_KEY}}
+  expert: {{kind: chat, url: "http://127.0.0.1:9/v1", model: m, retries: 0,
+            usd_per_million_input_tokens: 1, usd_per_million_output_tokens: 1}}
+  fine: {{kind: web_search, url: "http://127.0.0.1:9/search"}}
+"""
+    child = start("--check", config=config)
+    out, _ = child.communicate(timeout=60)
+    lines = out.splitlines()
+    assert child.returncode == 1
+    assert (
+        lines[0]
+        == f"tools.search: no search index at {tmp_path}/none.sqlite; `python -m tools_server index` writes one"
+    )
+    assert lines[1] == "tools.web: http://127.0.0.1:9/search needs a key: set the environment variable NO_SUCH_KEY"
+    assert lines[2].startswith("tools.expert: http://127.0.0.1:9/v1 does not answer: ")
+    assert lines[3:] == ["1/4 tools can be used"]
+
+
+def test_a_mistake_in_a_tool_names_its_line(start, tmp_path):
+    config = "tools:\n  py:\n    kind: python\n    memry_bytes: 5\n"
+    assert failure(start(config=config)) == (
+        f"{tmp_path}/server.yaml:4: unknown key 'tools.py.memry_bytes'; did you mean 'tools.py.memory_bytes'?"
+    )
+    line = failure(start(config="tools:\n  py:\n    kind: pyton\n"))
+    assert line.startswith(f"{tmp_path}/server.yaml:2: 'tools.py': Input tag 'pyton' found")

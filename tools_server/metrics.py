@@ -1,0 +1,69 @@
+"""What the server counts, for Prometheus (`GET /metrics`). Labels are few and closed: no session or task is one."""
+
+import asyncio
+import time
+from collections.abc import Callable
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+
+from tools_server.wire import FAILURES
+
+CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
+LAG_INTERVAL_S = 0.25
+SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300)
+
+
+class Metrics:
+    """Every metric of one server."""
+
+    def __init__(self, num_sessions: Callable[[], int]) -> None:
+        self._registry = registry = CollectorRegistry()
+        self._calls = Counter(
+            "tools_calls",
+            "Calls, and how they went (wire.FAILURES)",
+            ["environment", "kind"],
+            registry=registry,
+        )
+        self._finished = Counter(
+            "tools_sessions_finished",
+            "Finished sessions",
+            ["environment", "error"],
+            registry=registry,
+        )
+        self._work_s = Histogram(
+            "tools_work_seconds", "A tool's own work", ["tool"], buckets=SECONDS, registry=registry
+        )
+        self._wait_s = Histogram(
+            "tools_wait_seconds", "Queue, back-off and failed attempts", ["tool"], buckets=SECONDS, registry=registry
+        )
+        self._lag_s = Histogram(
+            "tools_event_loop_lag_seconds", "How late the event loop is", buckets=SECONDS, registry=registry
+        )
+        open_sessions = Gauge("tools_sessions_open", "Open sessions", registry=registry)
+        open_sessions.set_function(num_sessions)
+        self._children: dict[tuple[str, str | None], Counter] = {}
+
+    def count_call(self, environment: str, error: str | None) -> None:
+        child = self._children.get((environment, error))
+        if child is None:  # finding a child by its labels takes longer than counting
+            kind = "ok" if error is None else FAILURES[error]
+            child = self._children[environment, error] = self._calls.labels(environment, kind)
+        child.inc()
+
+    def count_finished(self, environment: str, error: str | None) -> None:
+        self._finished.labels(environment, error or "none").inc()
+
+    def observe_tool(self, tool: str, work_s: float, wait_s: float) -> None:
+        self._work_s.labels(tool).observe(work_s)
+        self._wait_s.labels(tool).observe(wait_s)
+
+    def render(self) -> bytes:
+        """Prometheus' text format."""
+        return generate_latest(self._registry)
+
+    async def watch_lag(self) -> None:
+        """Until cancelled: how much later than asked a sleep ends."""
+        while True:
+            began_s = time.monotonic()
+            await asyncio.sleep(LAG_INTERVAL_S)
+            self._lag_s.observe(max(0.0, time.monotonic() - began_s - LAG_INTERVAL_S))

@@ -1,0 +1,94 @@
+"""`python -m tools_server rescore`: the records of stored traces, computed again and compared bit for bit.
+
+Sessions of the server's tools are settled from their recorded results; other environments, which are deterministic,
+play their calls again. A judge and unit tests are not asked again: their stored verdict stands where the digest of its
+inputs is still the same.
+"""
+
+import argparse
+import asyncio
+from pathlib import Path
+from typing import Any
+
+from tools_server import registry
+from tools_server.config import ServerConfig, load_config
+from tools_server.sessions import Sessions
+from tools_server.tool_session import ToolsSetup, settle
+from tools_server.trace import Trace, read_trace
+from tools_server.verifiers import PURE, Verdict, impure_digest, verify
+from tools_server.wire import SessionRecord
+
+
+def main(argv: list[str]) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m tools_server rescore",
+        description="Compute the records of traces again; exit status 1 where one differs.",
+    )
+    parser.add_argument("traces", type=Path, help="JSONL that the server wrote (key `traces`)")
+    parser.add_argument("--config", type=Path, help="the server's config: needed for sessions with simulated experts")
+    arguments = parser.parse_args(argv)
+    config = load_config(arguments.config) if arguments.config else ServerConfig.model_validate({})
+    num_equal, different = asyncio.run(rescore(arguments.traces, config))
+    for line in different:
+        print(line)
+    print(f"{num_equal}/{num_equal + len(different)} records are the same")
+    return 1 if different else 0
+
+
+async def rescore(path: Path, config: ServerConfig) -> tuple[int, list[str]]:
+    """How many records are the same, and a line for each other one. Raises ValueError where the file is no traces."""
+    num_equal, different = 0, []
+    sessions = Sessions(config.model_copy(update={"time_scale": 0.0, "traces": None, "recording": None, "tools": {}}))
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read ({error.strerror})") from None
+    for number, line in enumerate(lines, start=1):
+        trace = read_trace(line, f"{path}:{number}")
+        try:
+            record = await record_of(trace, sessions)
+        except ValueError as error:
+            raise ValueError(f"{path}:{number}: {error}") from None
+        if record == trace.record:
+            num_equal += 1
+        else:
+            different.append(f"{path}:{number}: {trace.session.session_id}: {_difference(trace.record, record)}")
+    await sessions.close()
+    return num_equal, different
+
+
+async def record_of(trace: Trace, sessions: Sessions) -> SessionRecord:
+    """The record of `trace`, from its session and calls alone. Raises ValueError where it cannot be had."""
+    if trace.session.environment == registry.TOOLS:
+        setup = ToolsSetup.model_validate(trace.session.setup)
+
+        async def verify_again(verifier: Any, question: str, answer: str) -> Verdict:
+            if isinstance(verifier, PURE):
+                return verify(verifier, answer)
+            stored, seen = trace.record.verdict, impure_digest(verifier, question, answer)
+            if stored is None or stored["inputs_digest"] != seen:
+                return Verdict(0.0, "the stored verdict is not of these inputs", seen, valid=False)
+            return Verdict(**stored)
+
+        return await settle(trace.session.session_id, setup, trace.calls, verify_again)
+    opened = await _answer(sessions.open(trace.session))
+    if opened.error is not None:
+        raise ValueError(f"the session cannot be opened: {opened.error}")
+    for call, result in trace.calls:
+        again = await _answer(sessions.call(call))
+        if again != result:
+            raise ValueError(f"call {call.call_id} is answered otherwise: {_difference(result, again)}")
+    return await _answer(sessions.finish(trace.session.session_id))
+
+
+async def _answer(answer: Any) -> Any:
+    return await answer if isinstance(answer, asyncio.Future) else answer
+
+
+def _difference(stored: Any, again: Any) -> str:
+    """The first field that differs."""
+    for name in stored.__slots__:
+        before, now = getattr(stored, name), getattr(again, name)
+        if before != now:
+            return f"{name} was {before!r:.200}, is {now!r:.200}"
+    raise AssertionError("equal")

@@ -1,0 +1,257 @@
+"""A session of the environment `tools`: a task that is solved with the server's configured tools.
+
+Calls that only read run side by side; one that writes waits for all before it, and all after it wait for it. The final
+answer is a message to the user; a verifier judges it.
+"""
+
+import asyncio
+import time
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from dataclasses import asdict, replace
+from typing import Any
+
+from pydantic import Field, ValidationError
+
+from tools_server.config import Section
+from tools_server.environment import Observation
+from tools_server.errors import UNBILLED, BadRequest, log
+from tools_server.judge import Verifiers
+from tools_server.ledger import Ledger
+from tools_server.tool import CallContext, Price, billed_s
+from tools_server.toolbox import Toolbox
+from tools_server.verifiers import Verdict, Verifier
+from tools_server.wire import Call, CallResult, OpenSession, SessionOpened, SessionRecord
+
+Verify = Callable[[Any, str, str], Awaitable[Verdict]]
+"""(verifier, question, answer) -> verdict."""
+
+
+class SessionPrice(Section):
+    """What one tool costs in one session, in place of the server's price."""
+
+    usd_per_call: float = Field(0.0, ge=0)
+    usd_per_second: float = Field(0.0, ge=0)
+    usd_per_million_input_tokens: float = Field(0.0, ge=0)
+    usd_per_million_cached_tokens: float = Field(0.0, ge=0)
+    usd_per_million_output_tokens: float = Field(0.0, ge=0)
+
+    def price(self) -> Price:
+        return Price(
+            self.usd_per_call,
+            self.usd_per_second,
+            self.usd_per_million_input_tokens / 1e6,
+            self.usd_per_million_output_tokens / 1e6,
+            self.usd_per_million_cached_tokens / 1e6,
+        )
+
+
+class Budget(Section):
+    """What a session may use. A call that comes when one of them is spent is refused, and costs nothing."""
+
+    usd: float | None = Field(None, ge=0)
+    seconds: float | None = Field(None, ge=0, description="billed")
+    calls: int | None = Field(None, ge=0)
+
+
+class ToolsSetup(Section):
+    """`OpenSession.setup` of the environment `tools`.
+
+    Example: {"question": "Capital of Chile?", "tools": ["search"],
+              "verifier": {"kind": "exact", "answers": ["Santiago"]}}
+    """
+
+    question: str | None = Field(None, description="the user's first message; None: the task carries it")
+    system: str | None = None
+    tools: tuple[str, ...] | None = Field(None, description="names that may be called; None = all")
+    prices: dict[str, SessionPrice] = Field({}, description="by tool")
+    budget: Budget = Field(default_factory=lambda: Budget.model_validate({}))
+    verifier: Verifier | None = Field(None, description="None: any final answer counts as right")
+    depth: int = Field(0, ge=0, description="orchestrators above this one")
+
+
+class ToolSession:
+    """One trajectory. Like `sessions.Session`, every public method may be repeated: the first answer stands."""
+
+    def __init__(self, wanted: OpenSession, toolbox: Toolbox, verifiers: Verifiers) -> None:
+        self.wanted = wanted
+        self.last_used_s = time.monotonic()
+        self.record: SessionRecord | asyncio.Task[SessionRecord] | None = None
+        self._toolbox = toolbox
+        self._verifiers = verifiers
+        self._setup = ToolsSetup.model_validate({})
+        self._names: tuple[str, ...] = ()
+        self._prices: Mapping[str, Price] = {}
+        self._ledger = Ledger()
+        self._num_calls = 0
+        self._answers: dict[str, tuple[Call, asyncio.Future[CallResult]]] = {}
+        self._pending: dict[asyncio.Task[CallResult], bool] = {}
+        """Calls under way, and whether they write; in the order in which they came."""
+        self._over = False
+        self.opened = self._open()
+
+    @property
+    def busy(self) -> bool:
+        judging = isinstance(self.record, asyncio.Task) and not self.record.done()
+        return bool(self._pending) or judging
+
+    def call(self, call: Call) -> asyncio.Future[CallResult]:
+        """Raises BadRequest where another call had this call_id."""
+        self.last_used_s = time.monotonic()
+        known = self._answers.get(call.call_id)
+        if known is not None:
+            if known[0] != call:
+                raise BadRequest(
+                    f"session {call.session_id!r}: call_id {call.call_id!r} was used before "
+                    "with another name or arguments"
+                )
+            return known[1]
+        tool = self._toolbox.tools.get(call.name) if call.name in self._names else None
+        writes = call.name == "" or (tool is not None and tool.spec.side_effect == "write")
+        before = [task for task, writing in self._pending.items() if writes or writing]
+        answer = asyncio.create_task(self._answer_call(call, before))
+        self._pending[answer] = writes
+        answer.add_done_callback(self._pending.pop)
+        self._answers[call.call_id] = (call, answer)
+        return answer
+
+    def finish(self) -> asyncio.Task[SessionRecord] | SessionRecord:
+        if self.record is None:
+            self.record = asyncio.create_task(self._judge(list(self._pending)))
+        return self.record
+
+    def history(self) -> list[tuple[Call, CallResult]]:
+        """The calls that have their result, in the order in which they were asked for."""
+        return [(call, answer.result()) for call, answer in self._answers.values() if answer.done()]
+
+    def adopt(self, history: Sequence[tuple[Call, CallResult]]) -> str | None:
+        """Take over another session's calls with their bill; or why this cannot be: tools that write have a world
+        that no fork can copy.
+        """
+        for call, result in history:
+            tool = self._toolbox.tools.get(call.name)
+            if tool is not None and tool.spec.side_effect == "write" and result.error not in UNBILLED:
+                return f"a session that called {call.name!r}, which writes, cannot be forked"
+        for call, result in history:
+            own = replace(result, session_id=self.wanted.session_id)
+            answer: asyncio.Future[CallResult] = asyncio.get_running_loop().create_future()
+            answer.set_result(own)
+            self._answers[call.call_id] = (replace(call, session_id=own.session_id), answer)
+            self._ledger.charge(own)
+            self._num_calls += bool(call.name) and own.error not in UNBILLED
+            self._over = self._over or own.ended
+        return None
+
+    def _open(self) -> SessionOpened:
+        name = self.wanted.session_id
+        try:
+            self._setup = setup = ToolsSetup.model_validate(self.wanted.setup)
+            self._names = tuple(self._toolbox.tools) if setup.tools is None else setup.tools
+            for tool in (*self._names, *setup.prices):
+                if tool not in self._toolbox.tools:
+                    raise ValueError(
+                        f"setup: unknown tool {tool!r}; this server has {', '.join(self._toolbox.tools) or 'none'}"
+                    )
+            self._verifiers.check(setup.verifier)
+        except ValidationError as error:
+            first = error.errors()[0]
+            return SessionOpened(name, error=f"setup.{'.'.join(map(str, first['loc']))}: {first['msg']}")
+        except ValueError as error:
+            return SessionOpened(name, error=str(error))
+        specs = {tool: self._toolbox.tools[tool].spec for tool in self._names}
+        self._prices = {tool: spec.price for tool, spec in specs.items()}
+        self._prices |= {tool: price.price() for tool, price in setup.prices.items()}
+        messages = [
+            {"role": role, "content": text}
+            for role, text in (("system", setup.system), ("user", setup.question))
+            if text is not None
+        ]
+        return SessionOpened(name, [spec.openai for spec in specs.values()], messages)
+
+    async def _answer_call(self, call: Call, before: list[asyncio.Task[CallResult]]) -> CallResult:
+        if before:
+            await asyncio.wait(before)
+        observation = self._refusal(call) or await self._observe(call)
+        self._ledger.charge(observation)
+        self._over = self._over or observation.ended
+        self.last_used_s = time.monotonic()
+        return CallResult(call.session_id, call.call_id, *observation)
+
+    def _refusal(self, call: Call) -> Observation | None:
+        """Why no tool sees `call`, or None."""
+        if self._over or self.opened.error is not None:
+            error = "session_over" if self._over else "unknown_session"
+            return Observation(call.name, "the session takes no more calls", error=error, ended=True)
+        if not call.name:
+            if isinstance(call.arguments.get("content"), str):
+                return None
+            return Observation("", "$.content: a message is a string", error="invalid_arguments")
+        if call.name not in self._names:
+            content = f"unknown tool; allowed: {', '.join(self._names)}"
+            return Observation(call.name, content, error="unknown_tool")
+        mistake = self._toolbox.checks[call.name](call.arguments)
+        if mistake:
+            return Observation(call.name, mistake, error="invalid_arguments")
+        spent = self._spent()
+        return Observation(call.name, spent, error="budget_exceeded") if spent else None
+
+    def _spent(self) -> str | None:
+        """Which budget is used up. Calls count when they start, so that parallel ones cannot pass together."""
+        budget = self._setup.budget
+        for name, most, used in (
+            ("calls", budget.calls, self._num_calls),
+            ("usd", budget.usd, self._ledger.cost_usd),
+            ("seconds", budget.seconds, self._ledger.latency_s),
+        ):
+            if most is not None and used >= most:
+                return f"the budget of {most:g} {name} is spent: answer now"
+        return None
+
+    async def _observe(self, call: Call) -> Observation:
+        if not call.name:
+            return Observation("", "answered", ended=True)
+        self._num_calls += 1
+        context = CallContext(call.session_id, self.wanted.seed, self._setup.depth)
+        output = await self._toolbox.call(call.name, call.arguments, context)
+        spec = self._toolbox.tools[call.name].spec
+        return Observation(
+            call.name,
+            output.content,
+            self._prices[call.name].cost_usd(output.usage),
+            billed_s(spec, output),
+            output.error,
+            ended=output.error == "infra_error",
+            work_s=output.work_s,
+            wait_s=output.wait_s,
+        )
+
+    async def _judge(self, pending: list[asyncio.Task[CallResult]]) -> SessionRecord:
+        """The record, after the calls under way."""
+        if pending:
+            await asyncio.wait(pending)
+        self._over = True
+        return await settle(self.wanted.session_id, self._setup, self.history(), self._verifiers.verify)
+
+
+async def settle(
+    session_id: str, setup: ToolsSetup, history: Sequence[tuple[Call, CallResult]], verify: Verify
+) -> SessionRecord:
+    """The record that follows from a session's set-up and calls. Without a final answer the task is unsolved."""
+    ledger, answer, error = Ledger(), None, None
+    for call, result in history:
+        ledger.charge(result)
+        if result.error == "infra_error":
+            error = "infra_error"
+        if not call.name and result.error is None:
+            answer = call.arguments["content"]
+    outcome, verdict = 0.0, None
+    if error is None and answer is not None:
+        outcome = 1.0
+        if setup.verifier is not None:
+            try:
+                found = await verify(setup.verifier, setup.question or "", answer)
+                verdict, outcome = asdict(found), found.value
+                error = None if found.valid else "infra_error"
+            except Exception:
+                log.exception("session %s: its verifier failed", session_id)
+                error, outcome = "env_error", 0.0
+    return SessionRecord(session_id, outcome, ledger.cost_usd, ledger.latency_s, ledger.tool_counts, error, verdict)
