@@ -15,11 +15,11 @@ PACKAGES = ("jorch", "kernels", "tools_server")
 
 RANKS = {
     **dict.fromkeys(("types", "config"), 0),
-    **dict.fromkeys(("config_help", "config_io", "run_folder", "metrics", "sharding", "versions"), 1),
+    **dict.fromkeys(("config_help", "config_io", "run_folder", "metrics", "sharding", "versions", "processes"), 1),
     **dict.fromkeys(("model", "data", "checkpoint"), 2),
     **dict.fromkeys(("rollout", "train", "export", "serving"), 3),
     **dict.fromkeys(("rl", "synth", "evals"), 4),
-    **dict.fromkeys(("quickstart", "bench"), 5),
+    **dict.fromkeys(("quickstart", "bench", "launch"), 5),
     **dict.fromkeys(("cli", "arguments"), 6),
 }
 """A part of jorch may import parts of lower rank, and itself; parts of rank 1 and 6 also each other."""
@@ -46,9 +46,18 @@ WITHOUT_JAX = (
     "jorch/rl/advantages.py",
     "jorch/rl/samples.py",
     "jorch/synth/miniature.py",
+    "jorch/launch/*.py",
     "tools_server/**/*.py",
 )
-WITH_JAX = {"checkpoint.py", "sharding.py", "quickstart.py", "bench.py", "jax_sampler.py", "row_batch.py"}
+WITH_JAX = {
+    "checkpoint.py",
+    "sharding.py",
+    "processes.py",
+    "quickstart.py",
+    "bench.py",
+    "jax_sampler.py",
+    "row_batch.py",
+}
 """Of the files above, those that may import it after all."""
 
 HEAVY = {"torch", "transformers", "vllm", "tokamax", "mcp", "tensorboard", "tensorboardX", "tau2"}

@@ -1,5 +1,6 @@
 """Behaviour cloning of demonstrations, by the same train step as RL. `synth/sft.py` is its command."""
 
+import contextlib
 import math
 import time
 from collections.abc import Callable
@@ -17,6 +18,7 @@ from jorch.data.packing import fill_fraction, pack
 from jorch.data.tokenizer import Tokenizer
 from jorch.metrics import MetricWriter, stage
 from jorch.model.transformer import Params, Qwen3
+from jorch.processes import is_writer
 from jorch.sharding import shard_batch
 from jorch.train.optimizer import make_optimizer
 from jorch.train.state import abstract_state, init_state
@@ -60,7 +62,7 @@ def train(
             if restored["tokenizer_digest"] != tokenizer.digest:
                 raise ValueError(f"the checkpoint in {config.out} belongs to another tokenizer")
         with (
-            MetricWriter(folder, first_step) as writer,
+            MetricWriter(folder, first_step) if is_writer() else contextlib.nullcontext() as writer,
             stage("behaviour cloning", config.steps) as progress,
         ):
             progress.advance(first_step)
@@ -75,7 +77,7 @@ def train(
                     raise FloatingPointError(
                         f"step {step}: the gradient was not finite {skipped_in_a_row} times in a row"
                     )
-                if step % config.log_every == 0 or step + 1 == config.steps:
+                if writer and (step % config.log_every == 0 or step + 1 == config.steps):
                     now = time.perf_counter()
                     writer.write(
                         step,
