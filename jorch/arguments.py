@@ -20,6 +20,7 @@ ABOUT = {
     "rl": "group-relative policy optimisation on multi-turn rollouts",
     "eval": "play tasks with a policy and report",
     "export": "write a run's model as Hugging Face safetensors with its tokenizer",
+    "plan": "bytes, FLOPs and fit of an sft or rl config on accelerators, before they are rented",
     "launch": "run `jorch sft` in several processes: on this machine, under Slurm, or on Kubernetes",
     "tools-server": "serve tools, experts and environments over HTTP",
     "serve": "serve an exported model with vLLM, checked against the trainer's own numbers",
@@ -48,6 +49,8 @@ def parse(argv: list[str]) -> tuple[str, Any, argparse.Namespace]:
     options = _config_parser(command, model).parse_intermixed_args(rest)
     path, overrides = _positionals(command, options)
     options.config = path
+    if command == "plan" and "tools_server" in config_io.read_mapping(path):
+        model = config.RlConfig
     return command, config_io.load(path, model, overrides), options
 
 
@@ -66,6 +69,7 @@ def _model(command: str) -> type[BaseModel]:
         "quickstart": config.QuickstartConfig,
         "sft": config.SftConfig,
         "launch": config.SftConfig,
+        "plan": config.SftConfig,
         "rl": config.RlConfig,
         "eval": config.EvalConfig,
     }
@@ -134,7 +138,9 @@ def _config_parser(command: str, model: type[BaseModel]) -> argparse.ArgumentPar
     if command == "tools-server":
         parser.add_argument("--host", help="address to listen on; before the config's")
         parser.add_argument("--port", type=int, help="port to listen on, 0 = a free one; before the config's")
-    if command != "tools-server":
+    if command == "plan":
+        _add_plan_options(parser)
+    elif command != "tools-server":
         start = parser.add_mutually_exclusive_group()
         start.add_argument("--fresh", action="store_true", help="remove the run in the run folder first")
     if command in RESUMABLE:
@@ -150,6 +156,15 @@ def _config_parser(command: str, model: type[BaseModel]) -> argparse.ArgumentPar
         parser.add_argument("--from-scratch", action="store_true", help="train the base first")
         parser.add_argument("--sampler", choices=("jax", "vllm"), help="who samples: this process, or a vLLM server")
     return parser
+
+
+def _add_plan_options(parser: argparse.ArgumentParser) -> None:
+    shapes = "v5e:4x4, v5p:2x2x4, h100:8, cpu:8, ..."
+    parser.add_argument("--topology", required=True, metavar="KIND:SHAPE", help=shapes)
+    kinds = "dense: scores of all pairs exist; tiled: never (default: dense)"
+    parser.add_argument("--attention", choices=["dense", "tiled"], default="dense", help=kinds)
+    parser.add_argument("--no-compile", action="store_true", help="TPU: analytical figures only, in seconds")
+    parser.add_argument("--json", action="store_true", help="one JSON object, bytes and FLOPs")
 
 
 def _add_launch_options(parser: argparse.ArgumentParser) -> None:

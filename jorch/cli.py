@@ -91,6 +91,17 @@ def main(argv: Sequence[str] | None = None) -> int:
                 from jorch import bench
 
                 bench.run_loop(options.json)
+            case "plan":
+                os.environ.setdefault("JAX_PLATFORMS", "cpu")  # what is planned for need not be here
+                from jorch.plan import command as planner
+
+                planner.run(
+                    loaded,
+                    options.topology,
+                    attention=options.attention,
+                    with_compile=not options.no_compile,
+                    as_json=options.json,
+                )
             case "launch":
                 from jorch.launch import command as launcher
 
