@@ -6,6 +6,24 @@ neither are norms, rotary embeddings and softmax. Needs no jax.
 
 from jorch.config import ModelConfig
 
+PEAK_FLOPS = {"v5e": 197e12, "v5p": 459e12, "v6e": 918e12, "a100": 312e12, "h100": 989e12, "h200": 989e12}
+"""Accelerator -> bfloat16 FLOP/s of one device without sparsity, from the vendors' data sheets."""
+
+_DEVICE_KINDS = {
+    "TPU v5 lite": "v5e",
+    "TPU v5": "v5p",
+    "TPU v6 lite": "v6e",
+    "NVIDIA A100-SXM4-80GB": "a100",
+    "NVIDIA H100 80GB HBM3": "h100",
+    "NVIDIA H200": "h200",
+}
+"""As jax spells them in `device_kind`."""
+
+
+def peak_flops(device_kind: str) -> float | None:
+    """FLOP/s of a device, None for one that is not in the table (any CPU)."""
+    return PEAK_FLOPS.get(_DEVICE_KINDS.get(device_kind, ""))
+
 
 def matmul_params(config: ModelConfig) -> int:
     """Parameters that multiply every token: all but the embedding's rows and the norms' scales."""

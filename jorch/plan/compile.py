@@ -37,7 +37,7 @@ class Compiled:
     arguments: float
     """State and batch."""
     peak: float
-    """Most memory at any moment; where the program does not fit, what it would take as far as XLA says."""
+    """Most memory at any moment; where the program does not fit, what XLA could not place: often temporaries alone."""
     fits: bool
 
 
@@ -61,7 +61,7 @@ def compile_step(job: Job, topology: Topology) -> Compiled:
     try:
         compiled = step.trace(*arguments).lower(lowering_platforms=("tpu",)).compile()
     except jax.errors.JaxRuntimeError as error:
-        used = re.search(r"Used ([0-9.]+)([GM]) of", str(error))
+        used = re.search(r"(?:Used |temporaries \()([0-9.]+)([GM])", str(error))
         if used is None:
             raise
         return Compiled(0.0, float(used[1]) * (2**30 if used[2] == "G" else 2**20), fits=False)

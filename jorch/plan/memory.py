@@ -9,7 +9,7 @@ L layers.
 
 from dataclasses import dataclass
 from functools import cache
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -38,7 +38,7 @@ class Memory:
     saved_activations: float
     """What all layers keep for the backward pass."""
     layer_backward: float
-    """What the backward pass of one layer needs beside that."""
+    """What the backward pass of one layer needs beside that, the gradients of the micro-batch at hand included."""
     logits: float
     """What the loss needs; it is over before the first layer's backward pass begins."""
 
@@ -59,9 +59,9 @@ def memory(job: Job, num_devices: int, attention: Attention) -> Memory:
         parameters=parameters,
         optimizer_state=optimizer_state,
         reference=parameters if job.with_reference else 0.0,
-        gradients=2 * parameters,  # the sum so far, and those of the micro-batch at hand
+        gradients=parameters,  # their sum over the micro-batches so far
         saved_activations=saved,
-        layer_backward=backward,
+        layer_backward=backward + parameters,
         logits=_logit_bytes(job),
     )
 
@@ -72,7 +72,8 @@ def _state_bytes(
 ) -> tuple[float, float]:
     """(parameters, optimizer state) on the fullest device."""
     abstract_mesh = AbstractMesh(mesh_shape(mesh, num_devices), MESH_AXES, (AxisType.Auto,) * len(MESH_AXES))
-    state = abstract_state(Qwen3(model), make_optimizer(optimizer, 1000), abstract_mesh)
+    shardable: Any = abstract_mesh  # shardings need its shape alone
+    state = abstract_state(Qwen3(model), make_optimizer(optimizer, 1000), shardable)
     return _bytes(state.params), _bytes(state.opt_state)
 
 
@@ -111,8 +112,8 @@ def _activation_bytes(job: Job, num_devices: int, attention: Attention) -> tuple
     inside = tokens * width * (6 * D + (4 * N + 6 * K) * H / tensor + 4 * F / tensor)
     scores = 0.0
     if attention == "dense":
-        # float32 scores, weights and their gradient, over all keys.
-        scores = 3 * 4 * tokens * job.batch.row_tokens * N / tensor
+        # float32 scores, weights and their gradient, and the weights in the compute dtype, over all keys.
+        scores = (3 * 4 + width) * tokens * job.batch.row_tokens * N / tensor
     layer = (D * (N + 2 * K) * H + N * H * D + 3 * D * F) / tensor
     # FSDP gathers a layer in the compute dtype; its gradients exist whole before they are scattered.
     gathered = layer * (width + 4) if fsdp > 1 else layer * width
@@ -122,8 +123,10 @@ def _activation_bytes(job: Job, num_devices: int, attention: Attention) -> tuple
 
 
 def _logit_bytes(job: Job) -> float:
-    """Logits of a chunk and their gradient in float32, and the unembedding gathered over fsdp with its gradient."""
+    """Logits of a chunk in float32, and the unembedding gathered over fsdp with its gradient."""
     model, tensor = job.model, job.mesh.tensor
-    chunk = min(job.batch.micro_rows * job.batch.row_tokens, MAX_CHUNK_TOKENS)
+    chunk = min(
+        job.batch.micro_rows * job.batch.row_tokens, MAX_CHUNK_TOKENS
+    )  # of the whole micro-batch: chunks are not sharded
     unembedding = model.vocab_size * model.hidden_size / tensor * (jnp.dtype(model.compute_dtype).itemsize + 4)
-    return 2 * 4 * chunk * model.vocab_size / tensor + unembedding
+    return 4 * chunk * model.vocab_size / tensor + unembedding
