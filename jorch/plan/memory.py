@@ -125,8 +125,7 @@ def _activation_bytes(job: Job, num_devices: int, attention: Attention) -> tuple
 def _logit_bytes(job: Job) -> float:
     """Logits of a chunk in float32, and the unembedding gathered over fsdp with its gradient."""
     model, tensor = job.model, job.mesh.tensor
-    chunk = min(
-        job.batch.micro_rows * job.batch.row_tokens, MAX_CHUNK_TOKENS
-    )  # of the whole micro-batch: chunks are not sharded
+    # A chunk is of the whole micro-batch: its logits are sharded over the vocabulary only.
+    chunk = min(job.batch.micro_rows * job.batch.row_tokens, MAX_CHUNK_TOKENS)
     unembedding = model.vocab_size * model.hidden_size / tensor * (jnp.dtype(model.compute_dtype).itemsize + 4)
     return 4 * chunk * model.vocab_size / tensor + unembedding
