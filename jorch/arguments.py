@@ -20,11 +20,13 @@ ABOUT = {
     "rl": "group-relative policy optimisation on multi-turn rollouts",
     "eval": "play tasks with a policy and report",
     "export": "write a run's model as Hugging Face safetensors with its tokenizer",
+    "plan": "bytes, FLOPs and fit of an sft or rl config on accelerators, before they are rented",
+    "launch": "run `jorch sft` in several processes: on this machine, under Slurm, or on Kubernetes",
     "tools-server": "serve tools, experts and environments over HTTP",
     "serve": "serve an exported model with vLLM, checked against the trainer's own numbers",
     "bench": "measure where the time of a training step goes, or the kernels",
 }
-RESUMABLE = ("sft", "rl")
+RESUMABLE = ("sft", "rl", "launch")
 
 
 class _Parser(argparse.ArgumentParser):
@@ -47,6 +49,8 @@ def parse(argv: list[str]) -> tuple[str, Any, argparse.Namespace]:
     options = _config_parser(command, model).parse_intermixed_args(rest)
     path, overrides = _positionals(command, options)
     options.config = path
+    if command == "plan" and "tools_server" in config_io.read_mapping(path):
+        model = config.RlConfig
     return command, config_io.load(path, model, overrides), options
 
 
@@ -64,6 +68,8 @@ def _model(command: str) -> type[BaseModel]:
     models: dict[str, type[BaseModel]] = {
         "quickstart": config.QuickstartConfig,
         "sft": config.SftConfig,
+        "launch": config.SftConfig,
+        "plan": config.SftConfig,
         "rl": config.RlConfig,
         "eval": config.EvalConfig,
     }
@@ -146,17 +152,60 @@ def _config_parser(command: str, model: type[BaseModel]) -> argparse.ArgumentPar
     if command == "tools-server":
         parser.add_argument("--host", help="address to listen on; before the config's")
         parser.add_argument("--port", type=int, help="port to listen on, 0 = a free one; before the config's")
-    if command != "tools-server":
+    if command == "plan":
+        _add_plan_options(parser)
+    elif command != "tools-server":
         start = parser.add_mutually_exclusive_group()
         start.add_argument("--fresh", action="store_true", help="remove the run in the run folder first")
     if command in RESUMABLE:
         start.add_argument("--resume", action="store_true", help="go on from the last checkpoint")
+    if command == "sft":
+        place = "which of several processes this is: RANK/COUNT@HOST:PORT, or auto (`jorch launch` sets it)"
+        parser.add_argument("--process", metavar="PLACE", help=place)
+    if command == "launch":
+        _add_launch_options(parser)
     if command == "quickstart":
         parser.add_argument("--out", metavar="DIR", help="run folder (key out)")
         parser.add_argument("--seed", type=int, metavar="N", help="of every random choice (key seed)")
         parser.add_argument("--from-scratch", action="store_true", help="train the base first")
         parser.add_argument("--sampler", choices=("jax", "vllm"), help="who samples: this process, or a vLLM server")
     return parser
+
+
+def _add_plan_options(parser: argparse.ArgumentParser) -> None:
+    shapes = "v5e:4x4, v5p:2x2x4, h100:8, cpu:8, ..."
+    parser.add_argument("--topology", required=True, metavar="KIND:SHAPE", help=shapes)
+    kinds = "dense: scores of all pairs exist; tiled: never (default: dense)"
+    parser.add_argument("--attention", choices=["dense", "tiled"], default="dense", help=kinds)
+    parser.add_argument("--no-compile", action="store_true", help="TPU: analytical figures only, in seconds")
+    parser.add_argument("--json", action="store_true", help="one JSON object, bytes and FLOPs")
+
+
+def _add_launch_options(parser: argparse.ArgumentParser) -> None:
+    where = parser.add_mutually_exclusive_group(required=True)
+    where.add_argument("--local", type=_positive, metavar="N", help="N processes on this machine's CPU")
+    where.add_argument("--slurm", action="store_true", help="submit an sbatch script: one process a node")
+    where.add_argument("--k8s", action="store_true", help="submit a JobSet: one process a host")
+    parser.add_argument("--name", default="jorch", help="of the job (default: jorch)")
+    parser.add_argument("--hosts", type=_positive, default=1, metavar="N", help="nodes with GPUs (default: 1)")
+    parser.add_argument("--gpus-per-host", type=_positive, default=8, metavar="N", help="(default: 8)")
+    parser.add_argument(
+        "--time", default="1-00:00:00", help="Slurm: limit, days-hours:minutes:seconds (default: a day)"
+    )
+    parser.add_argument("--partition", help="Slurm: partition (default: the cluster's)")
+    parser.add_argument(
+        "--tpu", metavar="KIND:TOPOLOGY", help="Kubernetes: a TPU slice such as v5e:4x4 (default: GPUs)"
+    )
+    parser.add_argument("--image", help="Kubernetes: container image with jorch (required)")
+    parser.add_argument("--claim", help="Kubernetes: volume claim with config, data and run folder (required)")
+    parser.add_argument("--namespace", default="default", help="Kubernetes: (default: default)")
+
+
+def _positive(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not a positive number")
+    return number
 
 
 def _keys(model: type[BaseModel]) -> str:

@@ -51,10 +51,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else list(argv)
     try:
         command, loaded, options = arguments.parse(argv)
-        if options.dry_run:
+        if options.dry_run and command != "launch":
             print(config_io.dump(loaded), end="")
             return 0
         if command in STAGES:
+            if getattr(options, "process", None):
+                from jorch import processes
+
+                processes.join(options.process)
             with _interrupts_held_back():
                 _quiet_libraries()
                 importlib.import_module(STAGES[command])
@@ -90,6 +94,21 @@ def main(argv: Sequence[str] | None = None) -> int:
                     kernel_bench.run(options.json, options.tokens)
                 else:
                     bench.run_loop(options.json)
+            case "plan":
+                os.environ.setdefault("JAX_PLATFORMS", "cpu")  # what is planned for need not be here
+                from jorch.plan import command as planner
+
+                planner.run(
+                    loaded,
+                    options.topology,
+                    attention=options.attention,
+                    with_compile=not options.no_compile,
+                    as_json=options.json,
+                )
+            case "launch":
+                from jorch.launch import command as launcher
+
+                launcher.run(options)
             case "tools-server":
                 _become_tool_server(options)
     except (Exception, KeyboardInterrupt) as error:
@@ -146,6 +165,8 @@ def _report(error: BaseException, argv: list[str]) -> int:
             signal.signal(signal.SIGINT, signal.SIG_IGN)  # the rest takes a moment, and leaves nothing to stop
             line, status = f"interrupted{again}", 130
         case ConnectionError():
+            line, status = f"error: {error}{again}", 1
+        case ChildProcessError():
             line, status = f"error: {error}{again}", 1
         case OSError() if error.errno in DISK_GAVE_OUT:
             line, status = f"error: {_about(error)}{again}", 1

@@ -53,6 +53,12 @@ METRICS = {
     "time/tools_s": "seconds of rollouts outside the sampler: tool server and driver",
     "time/pack_s": "seconds in rewards, advantages, samples and packing",
     "time/learn_s": "seconds in the train step",
+    "time/data_s": "seconds in demonstrations, packing and placing the batch",
+    "time/compute_s": "seconds in which the host waited for the devices",
+    "time/host_s": "seconds of the step in neither: dispatch, metrics, checkpoints",
+    "speed/tokens_per_s_per_device": "tokens in the rows, padding apart",
+    "speed/mfu": "(6 P tokens + 12 L N H pairs) / (s x devices x peak FLOP/s); pairs of tokens that see each other",
+    "speed/mfu_dense": "the same with every token seeing a whole row, as if nothing were masked",
 }
 """What may be written: group/name, with the unit as a suffix where there is one -> what it is."""
 

@@ -28,9 +28,8 @@ RULES: dict[str, str | tuple[str, ...] | None] = {
 }
 
 
-def make_mesh(config: MeshConfig) -> Mesh:
-    """A mesh over all devices. Raises ValueError where the axes' product is not their number."""
-    num_devices = jax.device_count()
+def mesh_shape(config: MeshConfig, num_devices: int) -> tuple[int, int, int, int]:
+    """(data, fsdp, context, tensor). Raises ValueError where their product is not the number of devices."""
     fixed = config.fsdp * config.context * config.tensor
     data = config.data if config.data != -1 else num_devices // fixed
     if data < 1 or data * fixed != num_devices:
@@ -38,7 +37,12 @@ def make_mesh(config: MeshConfig) -> Mesh:
             f"mesh data={config.data} fsdp={config.fsdp} context={config.context} tensor={config.tensor} "
             f"does not cover {num_devices} device(s); their product must be {num_devices} (data=-1 fills up)"
         )
-    shape = (data, config.fsdp, config.context, config.tensor)
+    return data, config.fsdp, config.context, config.tensor
+
+
+def make_mesh(config: MeshConfig) -> Mesh:
+    """A mesh over all devices. Raises ValueError where the axes' product is not their number."""
+    shape = mesh_shape(config, jax.device_count())
     return jax.make_mesh(shape, MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
 
 
@@ -72,4 +76,11 @@ def replicated(mesh: Mesh) -> NamedSharding:
 
 def shard_batch(mesh: Mesh, batch: Any) -> Any:
     """Put a host batch of [M, B, T] arrays onto the mesh: rows over data and fsdp, length over context."""
-    return jax.tree.map(lambda x: jax.device_put(x, sharding(mesh, x.shape, ("micro", "rows", "length"))), batch)
+
+    def place(x: np.ndarray) -> jax.Array:
+        # Every process has packed the same batch and puts only its own devices' part of it there.
+        return jax.make_array_from_callback(
+            x.shape, sharding(mesh, x.shape, ("micro", "rows", "length")), lambda index: x[index]
+        )
+
+    return jax.tree.map(place, batch)

@@ -15,11 +15,13 @@ PACKAGES = ("jorch", "kernels", "tools_server")
 
 RANKS = {
     **dict.fromkeys(("types", "config"), 0),
-    **dict.fromkeys(("config_help", "config_io", "run_folder", "metrics", "sharding", "versions"), 1),
+    **dict.fromkeys(
+        ("config_help", "config_io", "run_folder", "metrics", "sharding", "versions", "processes", "flops"), 1
+    ),
     **dict.fromkeys(("model", "data", "checkpoint"), 2),
     **dict.fromkeys(("rollout", "train", "export", "serving"), 3),
     **dict.fromkeys(("rl", "synth", "evals"), 4),
-    **dict.fromkeys(("quickstart", "bench", "kernel_bench"), 5),
+    **dict.fromkeys(("quickstart", "bench", "kernel_bench", "launch", "plan"), 5),
     **dict.fromkeys(("cli", "arguments"), 6),
 }
 """A part of jorch may import parts of lower rank, and itself; parts of rank 1 and 6 also each other."""
@@ -53,11 +55,13 @@ WITHOUT_JAX = (
     "jorch/rl/advantages.py",
     "jorch/rl/samples.py",
     "jorch/synth/miniature.py",
+    "jorch/launch/*.py",
     "tools_server/**/*.py",
 )
 WITH_JAX = {
     "checkpoint.py",
     "sharding.py",
+    "processes.py",
     "quickstart.py",
     "bench.py",
     "kernel_bench.py",

@@ -14,7 +14,7 @@ from jorch.data.tasks import shuffled
 from jorch.data.tokenizer import SentencePieceTokenizer, Tokenizer
 from jorch.export import hf, pretrained
 from jorch.model.transformer import Params, Qwen3
-from jorch.run_folder import open_run_folder
+from jorch.processes import is_writer, open_shared_run_folder, to_host
 from jorch.sharding import make_mesh
 from jorch.synth import miniature
 from jorch.train import sft
@@ -25,13 +25,16 @@ SHIPPED_DIGEST = pretrained.BASE.with_suffix(".sha256")
 
 def run(config: SftConfig, *, resume: bool, fresh: bool) -> None:
     """Clone behaviour, then export to OUT/model. Raises ValueError for what a user can mend."""
-    with open_run_folder(config, resume=resume, fresh=fresh) as folder:
+    with open_shared_run_folder(config, resume=resume, fresh=fresh) as folder:
         mesh = make_mesh(config.mesh)
         tokenizer = _tokenizer(config)
         demonstrations = _demonstrations(config, tokenizer)
         model, params = _start(config, mesh, tokenizer)
-        hf.save_architecture(folder, model.config, tokenizer)
-        params = sft.train(config, folder, mesh, model, params, tokenizer, demonstrations)
+        if is_writer():
+            hf.save_architecture(folder, model.config, tokenizer)
+        params = to_host(sft.train(config, folder, mesh, model, params, tokenizer, demonstrations))
+        if not is_writer():
+            return
         hf.save(folder / "model", model.config, params, tokenizer)
         print(f"model: {folder / 'model'}")
         if config.demonstrations == MINIATURE and config.init_from is None:

@@ -1,7 +1,7 @@
 """Behaviour cloning of demonstrations, by the same train step as RL. `synth/sft.py` is its command."""
 
+import contextlib
 import math
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -15,10 +15,12 @@ from jorch.config import SftConfig
 from jorch.data.chat import demonstration_tokens
 from jorch.data.packing import fill_fraction, pack
 from jorch.data.tokenizer import Tokenizer
-from jorch.metrics import MetricWriter, stage
+from jorch.metrics import MetricWriter, Stage, stage
 from jorch.model.transformer import Params, Qwen3
+from jorch.processes import is_writer
 from jorch.sharding import shard_batch
 from jorch.train.optimizer import make_optimizer
+from jorch.train.speed import Clock, device_kind, speed
 from jorch.train.state import abstract_state, init_state
 from jorch.train.step import Metrics, make_train_step
 from jorch.types import PackedBatch, Sample
@@ -52,7 +54,6 @@ def train(
     train_step = make_train_step(model, optimizer, cross_entropy, mesh)
     state = init_state(model, optimizer, mesh, params)
     meta = {"tokenizer_digest": tokenizer.digest, "seed": config.seed}
-    skipped_in_a_row = 0
     with Checkpoints(folder / "checkpoints", config.checkpoint) as checkpoints:
         first_step = 0
         if checkpoints.latest_step() is not None:
@@ -60,37 +61,58 @@ def train(
             if restored["tokenizer_digest"] != tokenizer.digest:
                 raise ValueError(f"the checkpoint in {config.out} belongs to another tokenizer")
         with (
-            MetricWriter(folder, first_step) as writer,
+            MetricWriter(folder, first_step) if is_writer() else contextlib.nullcontext() as writer,
             stage("behaviour cloning", config.steps) as progress,
         ):
             progress.advance(first_step)
+            report = _Report(config, model, writer, progress)
             for step in range(first_step, config.steps):
-                began = time.perf_counter()
-                batch = _batch(config, step, tokenizer, demonstrations)
-                packed = time.perf_counter()
-                state, metrics = train_step(state, shard_batch(mesh, batch), float(config.rows_per_step))
-                values = {name: float(value) for name, value in metrics.items()}
-                skipped_in_a_row = skipped_in_a_row + 1 if values["train/skipped"] else 0
-                if skipped_in_a_row >= config.optimizer.max_nonfinite_steps:
-                    raise FloatingPointError(
-                        f"step {step}: the gradient was not finite {skipped_in_a_row} times in a row"
-                    )
-                if step % config.log_every == 0 or step + 1 == config.steps:
-                    now = time.perf_counter()
-                    writer.write(
-                        step,
-                        values
-                        | {
-                            "train/perplexity": math.exp(min(values["train/loss"], 50.0)),
-                            "packing/fill": fill_fraction(batch),
-                            "time/pack_s": packed - began,
-                            "time/learn_s": now - packed,
-                            "time/step_s": now - began,
-                        },
-                    )
-                checkpoints.save(step + 1, state, meta, force=step + 1 == config.steps)
-                progress.advance(loss=values["train/loss"])
+                with report.clock.part("data"):
+                    batch = _batch(config, step, tokenizer, demonstrations)
+                    placed = shard_batch(mesh, batch)
+                state, metrics = train_step(state, placed, float(config.rows_per_step))
+                # The devices work on this step while the host reads the one before.
+                report.read()
+                report.dispatched(step, metrics, batch)
+                is_last = step + 1 == config.steps
+                if is_last or (step + 1) % config.checkpoint.every_steps == 0:
+                    report.read()  # a checkpoint promises the metrics of the steps before it
+                checkpoints.save(step + 1, state, meta, force=is_last)
     return state.params
+
+
+class _Report:
+    """Reads the metrics of a dispatched step, which waits for it, and writes them down."""
+
+    def __init__(self, config: SftConfig, model: Qwen3, writer: MetricWriter | None, progress: Stage) -> None:
+        self.clock = Clock()
+        self._config, self._model, self._writer, self._progress = config, model, writer, progress
+        self._waiting: tuple[int, Metrics, PackedBatch] | None = None
+        self._skipped_in_a_row = 0
+
+    def dispatched(self, step: int, metrics: Metrics, batch: PackedBatch) -> None:
+        """Remember a step for the next `read`."""
+        self._waiting = step, metrics, batch
+
+    def read(self) -> None:
+        """Raises FloatingPointError where too many gradients in a row were not finite."""
+        if self._waiting is None:
+            return
+        (step, metrics, batch), self._waiting = self._waiting, None
+        with self.clock.part("compute"):
+            values = {name: float(value) for name, value in metrics.items()}
+        self._skipped_in_a_row = self._skipped_in_a_row + 1 if values["train/skipped"] else 0
+        if self._skipped_in_a_row >= self._config.optimizer.max_nonfinite_steps:
+            raise FloatingPointError(
+                f"step {step}: the gradient was not finite {self._skipped_in_a_row} times in a row"
+            )
+        times = self.clock.lap()
+        if self._writer and (step % self._config.log_every == 0 or step + 1 == self._config.steps):
+            perplexity = math.exp(min(values["train/loss"], 50.0))
+            values |= {"train/perplexity": perplexity, "packing/fill": fill_fraction(batch)} | times
+            values |= speed(self._model.config, batch, times["time/step_s"], device_kind(), jax.device_count())
+            self._writer.write(step, values)
+        self._progress.advance(loss=values["train/loss"])
 
 
 def _batch(config: SftConfig, step: int, tokenizer: Tokenizer, demonstrations: Demonstrations) -> PackedBatch:

@@ -1,0 +1,79 @@
+"""The real train step, compiled ahead of time for a TPU that is not here; libtpu (extra `tpu`) does it on a CPU.
+
+XLA lays the program out in memory as on the device, and refuses, as the device would, one that does not fit.
+"""
+
+import importlib.util
+import os
+import re
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import AxisType, Mesh
+
+from jorch.model.transformer import Qwen3
+from jorch.plan.job import Job
+from jorch.plan.topology import Topology
+from jorch.sharding import MESH_AXES, mesh_shape, sharding
+from jorch.train.optimizer import make_optimizer
+from jorch.train.sft import cross_entropy
+from jorch.train.state import abstract_state
+from jorch.train.step import make_train_step
+from jorch.types import PackedBatch
+
+_NO_TPU_HERE = {"TPU_SKIP_MDS_QUERY": "1", "TPU_WORKER_HOSTNAMES": "localhost", "TPU_ACCELERATOR_TYPE": "v5litepod-16"}
+"""What libtpu would otherwise look for on a TPU's host, with warnings; the topology's own name decides."""
+
+_INTS = ("token_ids", "positions", "segment_ids", "parents", "visible_until")
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """What XLA says of the program, in bytes on one device."""
+
+    arguments: float
+    """State and batch."""
+    peak: float
+    """Most memory at any moment; where the program does not fit, what XLA could not place: often temporaries alone."""
+    fits: bool
+
+
+def is_available() -> bool:
+    """Whether libtpu is installed."""
+    return importlib.util.find_spec("libtpu") is not None
+
+
+def compile_step(job: Job, topology: Topology) -> Compiled:
+    """Compile the supervised train step of `job`; minutes for billions of parameters."""
+    from jax.experimental import topologies
+
+    for variable, value in _NO_TPU_HERE.items():
+        os.environ.setdefault(variable, value)
+    devices = topologies.get_topology_desc(platform="tpu", topology_name=topology.name).devices
+    shape = mesh_shape(job.mesh, len(devices))
+    mesh = Mesh(np.array(devices).reshape(shape), MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
+    model, optimizer = Qwen3(job.model), make_optimizer(job.optimizer, 1000)
+    step: Any = make_train_step(model, optimizer, cross_entropy, mesh)
+    arguments = (abstract_state(model, optimizer, mesh), _abstract_batch(job, mesh), 1.0)
+    try:
+        compiled = step.trace(*arguments).lower(lowering_platforms=("tpu",)).compile()
+    except jax.errors.JaxRuntimeError as error:
+        used = re.search(r"(?:Used |temporaries \()([0-9.]+)([GM])", str(error))
+        if used is None:
+            raise
+        return Compiled(0.0, float(used[1]) * (2**30 if used[2] == "G" else 2**20), fits=False)
+    found = compiled.memory_analysis()
+    return Compiled(found.argument_size_in_bytes, found.peak_memory_in_bytes, fits=True)
+
+
+def _abstract_batch(job: Job, mesh: Mesh) -> PackedBatch:
+    shape = (job.num_micro, job.batch.micro_rows, job.batch.row_tokens)
+    place = sharding(mesh, shape, ("micro", "rows", "length"))
+
+    def of(name: str) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(shape, jnp.int32 if name in _INTS else jnp.float32, sharding=place)
+
+    return PackedBatch(*map(of, PackedBatch._fields))

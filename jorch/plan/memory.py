@@ -1,0 +1,131 @@
+"""Bytes per device of a train step, term by term.
+
+Parameters, moments and gradients are exact: the real state's shapes under the real shardings. Activations and logits
+are estimates of what XLA keeps alive at the worst moment; `compile.py` asks XLA itself where it can.
+
+Letters: B rows and T tokens of a micro-batch, D model, F MLP, N query and K key-value heads, H head dim, V vocabulary,
+L layers.
+"""
+
+from dataclasses import dataclass
+from functools import cache
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import AbstractMesh, AxisType
+
+from jorch.config import MeshConfig, ModelConfig, OptimizerConfig
+from jorch.model.transformer import Qwen3
+from jorch.plan.job import Job
+from jorch.sharding import MESH_AXES, mesh_shape
+from jorch.train.logprobs import MAX_CHUNK_TOKENS
+from jorch.train.optimizer import make_optimizer
+from jorch.train.state import abstract_state
+
+Attention = Literal["dense", "tiled"]
+"""dense: the scores [B, N, T, T] exist whole (kernels' "reference"); tiled: never."""
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes on one device."""
+
+    parameters: float
+    optimizer_state: float
+    reference: float
+    gradients: float
+    saved_activations: float
+    """What all layers keep for the backward pass."""
+    layer_backward: float
+    """What the backward pass of one layer needs beside that, the gradients of the micro-batch at hand included."""
+    logits: float
+    """What the loss needs; it is over before the first layer's backward pass begins."""
+
+    @property
+    def total(self) -> float:
+        """At the worst moment, which is either in the loss or in a layer's backward pass."""
+        kept = self.parameters + self.optimizer_state + self.reference + self.gradients + self.saved_activations
+        return kept + max(self.layer_backward, self.logits)
+
+
+def memory(job: Job, num_devices: int, attention: Attention) -> Memory:
+    """Raises ValueError where the mesh does not cover the devices, or a size does not divide over it."""
+    # Frozen models are hashable, which pyright does not see.
+    parameters, optimizer_state = _state_bytes(job.model, job.optimizer, job.mesh, num_devices)  # pyright: ignore[reportArgumentType]
+    _check_batch(job, num_devices)
+    saved, backward = _activation_bytes(job, num_devices, attention)
+    return Memory(
+        parameters=parameters,
+        optimizer_state=optimizer_state,
+        reference=parameters if job.with_reference else 0.0,
+        gradients=parameters,  # their sum over the micro-batches so far
+        saved_activations=saved,
+        layer_backward=backward + parameters,
+        logits=_logit_bytes(job),
+    )
+
+
+@cache
+def _state_bytes(
+    model: ModelConfig, optimizer: OptimizerConfig, mesh: MeshConfig, num_devices: int
+) -> tuple[float, float]:
+    """(parameters, optimizer state) on the fullest device."""
+    abstract_mesh = AbstractMesh(mesh_shape(mesh, num_devices), MESH_AXES, (AxisType.Auto,) * len(MESH_AXES))
+    shardable: Any = abstract_mesh  # shardings need its shape alone
+    state = abstract_state(Qwen3(model), make_optimizer(optimizer, 1000), shardable)
+    return _bytes(state.params), _bytes(state.opt_state)
+
+
+def _bytes(tree: object) -> float:
+    return float(sum(x.dtype.itemsize * _size(x.sharding.shard_shape(x.shape)) for x in jax.tree.leaves(tree)))
+
+
+def _size(shape: tuple[int, ...]) -> int:
+    size = 1
+    for length in shape:
+        size *= length
+    return size
+
+
+def _check_batch(job: Job, num_devices: int) -> None:
+    data, fsdp, context, _ = mesh_shape(job.mesh, num_devices)
+    if job.batch.micro_rows % (data * fsdp):
+        raise ValueError(
+            f"batch.micro_rows={job.batch.micro_rows} does not divide over data x fsdp = {data * fsdp}: "
+            f"set it to a multiple of {data * fsdp}"
+        )
+    if job.batch.row_tokens % context:
+        raise ValueError(f"batch.row_tokens={job.batch.row_tokens} does not divide over mesh.context={context}")
+
+
+def _activation_bytes(job: Job, num_devices: int, attention: Attention) -> tuple[float, float]:
+    """(what the layers save for the backward pass, what one layer's backward pass needs beside that)."""
+    model, tensor = job.model, job.mesh.tensor
+    data, fsdp, context, _ = mesh_shape(job.mesh, num_devices)
+    D, F, H, L = model.hidden_size, model.intermediate_size, model.head_dim, model.num_hidden_layers
+    N, K = model.num_attention_heads, model.num_key_value_heads
+    width = jnp.dtype(model.compute_dtype).itemsize
+    rows = job.batch.micro_rows // (data * fsdp)
+    tokens = rows * job.batch.row_tokens // context
+    # Residual stream, norms and their float32 statistics; q, k, v before and after norm and rope; gate, up, product.
+    inside = tokens * width * (6 * D + (4 * N + 6 * K) * H / tensor + 4 * F / tensor)
+    scores = 0.0
+    if attention == "dense":
+        # float32 scores, weights and their gradient, and the weights in the compute dtype, over all keys.
+        scores = (3 * 4 + width) * tokens * job.batch.row_tokens * N / tensor
+    layer = (D * (N + 2 * K) * H + N * H * D + 3 * D * F) / tensor
+    # FSDP gathers a layer in the compute dtype; its gradients exist whole before they are scattered.
+    gathered = layer * (width + 4) if fsdp > 1 else layer * width
+    if model.remat == "full":
+        return L * tokens * width * D, inside + scores + gathered
+    return L * (inside + scores), scores + gathered
+
+
+def _logit_bytes(job: Job) -> float:
+    """Logits of a chunk in float32, and the unembedding gathered over fsdp with its gradient."""
+    model, tensor = job.model, job.mesh.tensor
+    # A chunk is of the whole micro-batch: its logits are sharded over the vocabulary only.
+    chunk = min(job.batch.micro_rows * job.batch.row_tokens, MAX_CHUNK_TOKENS)
+    unembedding = model.vocab_size * model.hidden_size / tensor * (jnp.dtype(model.compute_dtype).itemsize + 4)
+    return 4 * chunk * model.vocab_size / tensor + unembedding

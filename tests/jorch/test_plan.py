@@ -1,0 +1,147 @@
+"""Plans beside what they are about: real arrays, the program that XLA compiles, the config with its changes made."""
+
+import json
+
+import jax
+import pytest
+
+from jorch import cli, config_io
+from jorch.config import MeshConfig, OptimizerConfig, RlConfig, SftConfig
+from jorch.model.transformer import Qwen3
+from jorch.plan import changes, command, topology
+from jorch.plan import compile as ahead_of_time
+from jorch.plan.job import PUBLISHED, job_of
+from jorch.plan.memory import memory
+from jorch.sharding import make_mesh
+from jorch.train.optimizer import make_optimizer
+from jorch.train.state import init_state
+
+SFT_8B = config_io.configs_dir() / "sft_qwen3_8b.yaml"
+RL_8B = config_io.configs_dir() / "rl_qwen3_8b.yaml"
+SHORT = ["batch.row_tokens=4096"]
+V5E = topology.parse("v5e:4x4")
+
+
+def job_8b(*overrides):
+    return job_of(config_io.load(SFT_8B, SftConfig, [*SHORT, *overrides]))
+
+
+def tiny_job(tiny_config, *overrides, **changed):
+    model = tiny_config(num_attention_heads=4, num_key_value_heads=4, head_dim=128, hidden_size=512, **changed)
+    settings = {
+        "out": "run",
+        "demonstrations": "miniature",
+        "model": model.model_dump(),
+        "steps": 1,
+        "rows_per_step": 16,
+        "batch": {"row_tokens": 256, "micro_rows": 16},
+        "optimizer": {"learning_rate": 1e-3},
+        "mesh": {"fsdp": 8, "tensor": 2},
+    }
+    return job_of(SftConfig.model_validate(settings))
+
+
+@pytest.mark.parametrize("kind", ["adam", "muon"])
+def test_the_state_is_as_large_as_the_real_one(kind, tiny, tiny_config):
+    model, params = tiny
+    optimizer = OptimizerConfig(kind=kind, learning_rate=1e-3)
+    state = init_state(model, make_optimizer(optimizer, 10), make_mesh(MeshConfig()), params)
+    job = job_8b("mesh.fsdp=1")
+    job = type(job)(tiny_config(), optimizer, job.batch, MeshConfig(), 1, False, "model.")
+    needed = memory(job, 1, "dense")
+    assert needed.parameters == sum(x.nbytes for x in jax.tree.leaves(state.params))
+    assert needed.optimizer_state == sum(x.nbytes for x in jax.tree.leaves(state.opt_state))
+
+
+@pytest.mark.parametrize(
+    ("name", "billions"),
+    [
+        ("Qwen3-0.6B", 0.6),
+        ("Qwen3-1.7B", 1.7),
+        ("Qwen3-4B", 4.0),
+        ("Qwen3-8B", 8.2),
+        ("Qwen3-14B", 14.8),
+        ("Qwen3-32B", 32.8),
+    ],
+)
+def test_the_published_sizes_have_the_published_numbers_of_parameters(name, billions):
+    assert round(Qwen3(PUBLISHED[name]).num_params() / 1e9, 1) == billions
+
+
+def test_shards_shrink_what_is_sharded():
+    """8,190,735,360 parameters of 4 bytes; only the scales of q and k, 36 x 2 x 128, lie on every device whole."""
+    whole = 8_190_735_360 * 4
+    scales = 36 * 2 * 128 * 4
+    for overrides, shards in ((["mesh.fsdp=16"], 16), (["mesh.fsdp=8", "mesh.tensor=2"], 16), (["mesh.fsdp=4"], 4)):
+        needed = memory(job_8b(*overrides), 16, "tiled")
+        assert abs(needed.parameters - (whole - scales) / shards - scales) <= 4 * 36 * 2 * 4096 + 4 * 4096
+        assert abs(needed.optimizer_state / needed.parameters - 2) < 1e-6
+
+
+def test_the_largest_batch_fits_and_the_next_one_does_not():
+    job, limit = job_8b(), 60 * topology.GIB
+    largest = changes.largest_batch(job, 16, limit, "tiled")
+    assert largest % 16 == 0
+    for rows, fits in ((largest, True), (largest + 16, False)):
+        assert (memory(job_8b(f"batch.micro_rows={rows}"), 16, "tiled").total <= limit) is fits
+
+
+@pytest.mark.parametrize(("path", "model"), [(SFT_8B, SftConfig), (RL_8B, RlConfig)])
+def test_every_proposed_change_makes_it_fit(path, model):
+    where = topology.parse("h100:16")
+    few = ["batch.row_tokens=32768", "batch.micro_rows=128"]
+    plan = command.make_plan(job_of(config_io.load(path, model, few)), where, "tiled")
+    assert not plan["fits"]
+    assert len(plan["changes_that_fit"]) == 3
+    for change in plan["changes_that_fit"]:
+        changed = config_io.load(path, model, [*few, *change["overrides"]])
+        assert command.make_plan(job_of(changed), where, "tiled")["fits"], change
+
+
+def test_a_config_that_cannot_fit_is_refused_in_one_line(capsys):
+    assert cli.main(["plan", str(SFT_8B), *SHORT, "--topology", "v5e:4x4", "--no-compile"]) == 2
+    out, err = capsys.readouterr()
+    assert "verdict: does not fit" in out
+    assert err.startswith("jorch: error: does not fit v5e:4x4: ")
+    assert err.count("\n") == 1
+    assert err.count(" GiB)") == 3
+
+
+def test_json_adds_up(capsys):
+    assert cli.main(["plan", str(SFT_8B), *SHORT, "mesh.fsdp=8", "--topology", "h100:8", "--json"]) == 0
+    plan = json.loads(capsys.readouterr().out)
+    *terms, backward, logits, total = plan["bytes_per_device"].values()
+    assert sum(terms) + max(backward, logits) == total
+    assert plan["tokens_per_step_at_most"] == 64 * 4096
+    assert plan["compiled"] is None
+
+
+@pytest.mark.parametrize(
+    ("arguments", "line"),
+    [
+        (["--topology", "v5e:16"], "--topology 'v5e:16': write KIND:SHAPE, e.g. v5e:4x4"),
+        (["--topology", "h100:0"], "--topology 'h100:0': write KIND:SHAPE"),
+        (["--topology", "h100:12"], "mesh data=-1 fsdp=16 context=1 tensor=1 does not cover 12 device(s)"),
+        (["--topology", "h100:16", "batch.micro_rows=8"], "batch.micro_rows=8 does not divide over data x fsdp = 16"),
+        (["--topology", "h100:48", "mesh.tensor=3"], "axis 'vocab' of size 151936 does not divide over mesh axes"),
+        (["--topology", "h100:16", "init_from=models/My-8B", "model=null"], "init_from='models/My-8B' is no folder"),
+    ],
+)
+def test_what_a_plan_refuses(arguments, line, capsys):
+    assert cli.main(["plan", str(SFT_8B), *arguments]) == 2
+    err = capsys.readouterr().err
+    assert line in err
+    assert err.count("\n") == 1
+
+
+@pytest.mark.tpu_aot
+def test_the_compiled_program_takes_the_planned_state(tiny_config):
+    job = tiny_job(tiny_config, vocab_size=1024, intermediate_size=1024)
+    needed = memory(job, 16, "dense")
+    compiled = ahead_of_time.compile_step(job, V5E)
+    assert compiled.fits
+    batch = 10 * 4 * 16 * 256 / 8  # ten arrays of four bytes, rows over fsdp
+    # XLA pads small arrays (scales, scalars) to whole tiles.
+    planned = needed.parameters + needed.optimizer_state + batch
+    assert planned <= compiled.arguments < 1.1 * planned
+    assert compiled.peak > compiled.arguments
