@@ -19,7 +19,7 @@ from jorch.config import MeshConfig, ModelConfig, OptimizerConfig
 from jorch.model.transformer import Qwen3
 from jorch.plan.job import Job
 from jorch.sharding import MESH_AXES, mesh_shape
-from jorch.train.logprobs import MAX_CHUNK_TOKENS
+from jorch.train.logprobs import CHUNK_TOKENS
 from jorch.train.optimizer import make_optimizer
 from jorch.train.state import abstract_state
 
@@ -126,6 +126,6 @@ def _logit_bytes(job: Job) -> float:
     """Logits of a chunk in float32, and the unembedding gathered over fsdp with its gradient."""
     model, tensor = job.model, job.mesh.tensor
     # A chunk is of the whole micro-batch: its logits are sharded over the vocabulary only.
-    chunk = min(job.batch.micro_rows * job.batch.row_tokens, MAX_CHUNK_TOKENS)
+    chunk = min(job.batch.micro_rows * job.batch.row_tokens, CHUNK_TOKENS)
     unembedding = model.vocab_size * model.hidden_size / tensor * (jnp.dtype(model.compute_dtype).itemsize + 4)
     return 4 * chunk * model.vocab_size / tensor + unembedding

@@ -4,7 +4,9 @@ import jax
 import jax.numpy as jnp
 
 from jorch.types import PackedBatch
-from kernels.logprob.api import linear_logprob
+from kernels.logprob.api import CHUNK_TOKENS, linear_logprob
+
+__all__ = ["CHUNK_TOKENS", "token_logprobs"]
 
 
 def token_logprobs(
