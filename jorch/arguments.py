@@ -19,9 +19,11 @@ ABOUT = {
     "sft": "behaviour cloning on demonstrations",
     "rl": "group-relative policy optimisation on multi-turn rollouts",
     "eval": "play tasks with a policy and report",
+    "import": "read Hugging Face safetensors into a checkpoint",
     "export": "write a run's model as Hugging Face safetensors with its tokenizer",
     "plan": "bytes, FLOPs and fit of an sft or rl config on accelerators, before they are rented",
     "launch": "run `jorch sft` in several processes: on this machine, under Slurm, or on Kubernetes",
+    "verify": "compare a checkpoint's logits with those of Hugging Face transformers",
     "tools-server": "serve tools, experts and environments over HTTP",
     "serve": "serve an exported model with vLLM, checked against the trainer's own numbers",
     "bench": "measure where the time of a training step goes, or the kernels",
@@ -43,7 +45,7 @@ def parse(argv: list[str]) -> tuple[str, Any, argparse.Namespace]:
     command, rest = argv[0], argv[1:]
     if command == "serve":
         return command, None, _parse_serve(rest)
-    if command in ("export", "bench"):
+    if command in ("import", "export", "verify", "bench"):
         return command, None, _plain_parser(command).parse_args(rest)
     model = _model(command)
     options = _config_parser(command, model).parse_intermixed_args(rest)
@@ -79,11 +81,27 @@ def _model(command: str) -> type[BaseModel]:
 def _plain_parser(command: str) -> argparse.ArgumentParser:
     parser = _Parser(prog=f"jorch {command}", description=ABOUT[command], allow_abbrev=False)
     parser.set_defaults(dry_run=False)
-    if command == "export":
-        parser.add_argument("source", type=Path, metavar="RUN", help="folder of a training run")
+    if command == "import":
+        parser.add_argument(
+            "--from", type=Path, required=True, dest="source", metavar="DIR", help="folder of a Qwen3 in safetensors"
+        )
+        parser.add_argument("--out", type=Path, required=True, metavar="CKPT", help="folder to write")
+        parser.add_argument(
+            "--dtype", choices=("float32", "bfloat16"), help="of the checkpoint's parameters (default: as stored)"
+        )
+    elif command == "export":
+        parser.add_argument(
+            "source", type=Path, metavar="CKPT", help="folder of a training run, or what `jorch import` wrote"
+        )
         parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder to write")
         parser.add_argument(
             "--widen-heads", action="store_true", help="pad heads to a multiple of 32, as vLLM needs them on CPUs"
+        )
+    elif command == "verify":
+        parser.add_argument("source", type=Path, metavar="CKPT", help="what `jorch import` or `jorch export` wrote")
+        parser.add_argument("--against", type=Path, required=True, metavar="DIR", help="Qwen3 in safetensors")
+        parser.add_argument(
+            "--python", metavar="PATH", help="interpreter with torch and transformers (default: jorch's own)"
         )
     else:
         what = "loop: an RL step of the quickstart's model; kernels: attention and log-probabilities"

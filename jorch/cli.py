@@ -39,7 +39,9 @@ STAGES = {
     "sft": "jorch.synth.sft",
     "rl": "jorch.rl.loop",
     "eval": "jorch.evals.harness",
+    "import": "jorch.export.importing",
     "export": "jorch.export.checkpoint",
+    "verify": "jorch.export.verify",
     "serve": "jorch.serving.vllm",
     "bench": "jorch.bench",
 }
@@ -79,6 +81,14 @@ def main(argv: Sequence[str] | None = None) -> int:
                 from jorch.evals import harness
 
                 harness.run(loaded, fresh=options.fresh)
+            case "import":
+                from jorch.export import importing
+
+                importing.run(options.source, options.out, options.dtype)
+            case "verify":
+                from jorch.export import verify
+
+                verify.run(options.source, options.against, options.python)
             case "export":
                 from jorch.export import checkpoint
 

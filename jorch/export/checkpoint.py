@@ -6,7 +6,8 @@ from jorch import config_io
 from jorch.checkpoint import Checkpoints
 from jorch.config import MeshConfig, QuickstartConfig, RlConfig, SftConfig
 from jorch.data import tokenizer as tokenizers
-from jorch.export import heads, hf
+from jorch.export import heads, hf, pretrained, weights
+from jorch.export.importing import refuse_occupied
 from jorch.model.transformer import Qwen3
 from jorch.run_folder import CONFIG
 from jorch.sharding import make_mesh
@@ -15,13 +16,17 @@ from jorch.train.state import abstract_state
 
 
 def run(source: Path, out: Path, *, widen_heads: bool = False) -> None:
-    """Export run folder `source` to `out`, with its tokenizer and the probe. The run may be under way.
+    """Export run folder `source`, or what `jorch import` wrote, to `out`, with its tokenizer and the probe.
+
+    A run may be under way.
 
     Raises ValueError where `source` is no training run, has no checkpoint, or `out` is not empty.
     """
+    if weights.is_checkpoint(source):
+        _export_weights(source, out, widen_heads)
+        return
     config = _training_config(source)
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise ValueError(f"{out} is not an empty folder; choose another --out")
+    refuse_occupied(out)
     folder, architecture = source / "checkpoints", source / hf.ARCHITECTURE
     if not folder.is_dir() or not architecture.is_dir():
         raise ValueError(f"{source} has no checkpoint yet")
@@ -35,6 +40,16 @@ def run(source: Path, out: Path, *, widen_heads: bool = False) -> None:
     wanted = heads.widen(model.config, state.params) if widen_heads else (model.config, state.params)
     hf.save(out, *wanted, tokenizer, {"step": step, "tokenizer_digest": tokenizer.digest})
     print(f"exported step {step} of {source} to {out}")
+
+
+def _export_weights(source: Path, out: Path, widen_heads: bool) -> None:
+    refuse_occupied(out)
+    raw = hf.stored_config(source / hf.ARCHITECTURE)
+    start = pretrained.load(str(source), make_mesh(MeshConfig()), param_dtype=raw["torch_dtype"])
+    config, params = start.model.config, start.params
+    wanted = heads.widen(config, params) if widen_heads else (config, params)
+    hf.save(out, *wanted, start.tokenizer, {"tokenizer_digest": start.tokenizer.digest})
+    print(f"exported {source} to {out}")
 
 
 def _param_dtype(config: RlConfig | SftConfig) -> str:

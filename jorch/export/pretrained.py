@@ -8,7 +8,7 @@ from jax.sharding import Mesh
 
 from jorch.data import tokenizer as tokenizers
 from jorch.data.tokenizer import Tokenizer
-from jorch.export import hf
+from jorch.export import hf, weights
 from jorch.model.transformer import Params, Qwen3
 
 BASE = Path(__file__).parent.parent / "assets" / "base"
@@ -24,25 +24,30 @@ class Pretrained:
     tokenizer: Tokenizer
 
 
-def folder_of(init_from: str) -> Path:
-    """The folder that `init_from` means: "base", or a path. Raises ValueError where there is none."""
+def folder_of(init_from: str, key: str = "init_from") -> Path:
+    """The folder that `init_from` means: "base", or a path. Raises ValueError, naming `key`, where there is none."""
     folder = BASE if init_from == "base" else Path(init_from)
     if not folder.is_dir():
-        raise ValueError(f'init_from={init_from!r} is no folder; give one with safetensors, or "base"')
+        raise ValueError(f'{key}={init_from!r} is no folder; give one with safetensors, or "base"')
     return folder
 
 
 def load(init_from: str, mesh: Mesh, **settings: Any) -> Pretrained:
-    """Read a model and its tokenizer; `settings` are the run's own keys of ModelConfig (dtypes, remat).
+    """Read a model and its tokenizer, from safetensors or from what `jorch import` wrote.
+
+    `settings` are the run's own keys of ModelConfig (dtypes, remat).
 
     Raises ValueError where the folder, a tensor or the vocabulary does not fit.
     """
     folder = folder_of(init_from)
-    config = hf.load_config(folder, **settings)
-    tokenizer = tokenizers.load_folder(folder)
+    is_checkpoint = weights.is_checkpoint(folder)
+    architecture = folder / hf.ARCHITECTURE if is_checkpoint else folder
+    config = hf.load_config(architecture, **settings)
+    tokenizer = tokenizers.load_folder(architecture)
     if config.vocab_size < tokenizer.vocab_size:
         raise ValueError(
             f"{folder}: vocab_size={config.vocab_size} is smaller than the tokenizer's {tokenizer.vocab_size}"
         )
     model = Qwen3(config)
-    return Pretrained(model, hf.load(folder, model, mesh), tokenizer)
+    read = weights.load if is_checkpoint else hf.load
+    return Pretrained(model, read(folder, model, mesh), tokenizer)

@@ -121,10 +121,22 @@ DAMAGE = {
         lambda folder: change_tensors(folder, lambda t: t.update({"model.norm.weight": np.ones(8, np.float32)})),
         "{folder}: tensor 'model.norm.weight' has shape (8,); the config needs (16,)",
     ),
-    "truncated file": (truncate, "{folder}: not readable as safetensors ("),
+    "truncated file": (truncate, "{folder}/model.safetensors: not readable as safetensors ("),
     "empty file": (
         lambda folder: (folder / "model.safetensors").write_bytes(b""),
-        "{folder}: not readable as safetensors (",
+        "{folder}/model.safetensors: not readable as safetensors (",
+    ),
+    "a part that is not there": (
+        lambda folder: (folder / "model.safetensors.index.json").write_text('{"weight_map": {"a": "part-2"}}'),
+        "{folder}/model.safetensors.index.json names part-2, which is not in the folder; copy it as well",
+    ),
+    "broken index": (
+        lambda folder: (folder / "model.safetensors.index.json").write_text("[]"),
+        "{folder}/model.safetensors.index.json: not an index of safetensors",
+    ),
+    "biases": (
+        lambda folder: change_config(folder, attention_bias=True),
+        "{folder}/config.json: attention_bias is True; jorch has False",
     ),
     "no tensors": (lambda folder: (folder / "model.safetensors").unlink(), "no *.safetensors in {folder}"),
     "other architecture": (
