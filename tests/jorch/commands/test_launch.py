@@ -17,7 +17,7 @@ SHARDED = ("mesh.fsdp=2", "optimizer.clip_norm=0.5")
 
 def timeless(run_folder: Path) -> list[dict[str, Any]]:
     rows = read_jsonl(run_folder / "metrics.jsonl")
-    return [{key: value for key, value in row.items() if not key.startswith("time")} for row in rows]
+    return [{key: value for key, value in row.items() if not key.startswith(("time", "speed"))} for row in rows]
 
 
 def rank_pid(world: Path, rank: int) -> int | None:
