@@ -19,7 +19,7 @@ _TEMPLATE = """\
 {partition}set -euo pipefail
 
 # The first node of the allocation holds process 0, which the others look for.
-coordinator=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+coordinator=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | sed -n 1p)
 export coordinator
 
 # A process that dies takes the job with it; Slurm's log names its task. SLURM_* are each task's own: single quotes.

@@ -186,6 +186,7 @@ tensors.save(Path(out), start.params)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("published", [UNTIED], indirect=True, ids=["untied"])
 def test_eight_devices_read_and_write_the_same_tensors(published, tmp_path):
     folder, _ = published

@@ -16,6 +16,7 @@ def timings():
     return list(measure(TINY, num_timings=3, cases=["packed"]))
 
 
+@pytest.mark.slow
 def test_every_pass_of_every_path_is_timed(timings):
     for kernel, path in (("attention", "xla_chunked"), ("attention", "jax.nn, dense mask"), ("logprob", "xla_chunked")):
         lines = [t.line for t in timings if (t.line.kernel, t.line.path) == (kernel, path)]
@@ -26,6 +27,7 @@ def test_every_pass_of_every_path_is_timed(timings):
         assert t.line.error < 1e-5
 
 
+@pytest.mark.slow
 def test_operations_are_those_of_visible_pairs(timings):
     factors = {"forward": 1, "backward": 2.5, "both": 3.5}
     for t in timings:

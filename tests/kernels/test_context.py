@@ -92,6 +92,7 @@ except ValueError as error:
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("num_data", "num_context"),
     [(2, 4), pytest.param(1, 4, marks=pytest.mark.slow), pytest.param(1, 8, marks=pytest.mark.slow)],

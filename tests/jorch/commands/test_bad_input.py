@@ -181,7 +181,7 @@ def test_a_taken_port(world: Path) -> None:
         ),
         (
             lambda model: os.truncate(model / "model.safetensors", 100_000),
-            "model: not readable as safetensors (",
+            "model/model.safetensors: not readable as safetensors (",
         ),
         (
             lambda model: edit(model / "config.json", '"vocab_size": 640', '"vocab_size": 512'),

@@ -44,6 +44,7 @@ def assert_same(world: Path) -> None:
     assert weights[0].read_bytes() == weights[1].read_bytes()
 
 
+@pytest.mark.slow
 def test_two_processes_end_bit_by_bit_like_one(jorch: Any) -> None:
     few = ("steps=2", "checkpoint.every_steps=2")
     one_process(jorch, *few)
