@@ -95,7 +95,7 @@ except ValueError as error:
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("num_data", "num_context"),
-    [(2, 4), pytest.param(1, 4, marks=pytest.mark.slow), pytest.param(1, 8, marks=pytest.mark.slow)],
+    [(2, 4), (1, 4), (1, 8)],
 )
 def test_devices_together_compute_what_one_does(num_data, num_context):
     """Outputs and gradients of a packed row with padding and of a shared prompt, rows sharded beside them or not."""
