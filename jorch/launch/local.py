@@ -71,9 +71,10 @@ def run(arguments: Sequence[str], num_processes: int) -> None:
     address = f"127.0.0.1:{_free_port()}"
     processes: list[Process] = []
     with _stopping(processes):
-        for rank in range(num_processes):
-            place = f"{rank}/{num_processes}@{address}"
-            processes.append(Process(rank, [sys.executable, "-c", _SCRIPT, *arguments, "--process", place]))
+        with _signals_held_back():  # a process that is started but not yet listed would outlive us
+            for rank in range(num_processes):
+                place = f"{rank}/{num_processes}@{address}"
+                processes.append(Process(rank, [sys.executable, "-c", _SCRIPT, *arguments, "--process", place]))
         failed = _first_failure(processes)
     if failed is not None:
         line = f"process {failed.rank} of {num_processes} {failed.reason()}; the others were stopped"
@@ -105,9 +106,27 @@ def _stopping(processes: Sequence[Process]) -> Iterator[None]:
         yield
     finally:
         deadline_s = time.monotonic() + _GRACE_S
-        for process in processes:
-            process.stop(deadline_s)
+        with _signals_held_back():
+            for process in processes:
+                process.stop(deadline_s)
         signal.signal(signal.SIGTERM, before)
+
+
+@contextmanager
+def _signals_held_back() -> Iterator[None]:
+    """SIGTERM and Ctrl-C take effect at the end of the block."""
+    waiting: list[int] = []
+    before = {
+        number: signal.signal(number, lambda number, _: waiting.append(number))
+        for number in (signal.SIGINT, signal.SIGTERM)
+    }
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    if waiting:
+        raise KeyboardInterrupt
 
 
 def _free_port() -> int:
