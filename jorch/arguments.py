@@ -194,7 +194,7 @@ def _add_plan_options(parser: argparse.ArgumentParser) -> None:
     shapes = "v5e:4x4, v5p:2x2x4, h100:8, cpu:8, ..."
     parser.add_argument("--topology", required=True, metavar="KIND:SHAPE", help=shapes)
     kinds = "dense: scores of all pairs exist; tiled: never (default: dense)"
-    parser.add_argument("--attention", choices=["dense", "tiled"], default="dense", help=kinds)
+    parser.add_argument("--attention", choices=["dense", "tiled"], default="tiled", help=kinds)
     parser.add_argument("--no-compile", action="store_true", help="TPU: analytical figures only, in seconds")
     parser.add_argument("--json", action="store_true", help="one JSON object, bytes and FLOPs")
 
