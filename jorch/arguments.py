@@ -193,7 +193,7 @@ def _config_parser(command: str, model: type[BaseModel]) -> argparse.ArgumentPar
 def _add_plan_options(parser: argparse.ArgumentParser) -> None:
     shapes = "v5e:4x4, v5p:2x2x4, h100:8, cpu:8, ..."
     parser.add_argument("--topology", required=True, metavar="KIND:SHAPE", help=shapes)
-    kinds = "dense: scores of all pairs exist; tiled: never (default: dense)"
+    kinds = "dense: scores of all pairs exist; tiled: never (default: tiled)"
     parser.add_argument("--attention", choices=["dense", "tiled"], default="tiled", help=kinds)
     parser.add_argument("--no-compile", action="store_true", help="TPU: analytical figures only, in seconds")
     parser.add_argument("--json", action="store_true", help="one JSON object, bytes and FLOPs")

@@ -99,7 +99,7 @@ def test_every_proposed_change_makes_it_fit(path, model):
 
 
 def test_a_config_that_cannot_fit_is_refused_in_one_line(capsys):
-    assert cli.main(["plan", str(SFT_8B), *SHORT, "--topology", "v5e:4x4", "--no-compile"]) == 2
+    assert cli.main(["plan", str(SFT_8B), *SHORT, "--topology", "v5e:4x4", "--no-compile", "--attention", "dense"]) == 2
     out, err = capsys.readouterr()
     assert "verdict: does not fit" in out
     assert err.startswith("jorch: error: does not fit v5e:4x4: ")
