@@ -97,6 +97,8 @@ def _plain_parser(command: str) -> argparse.ArgumentParser:
         parser.add_argument(
             "--widen-heads", action="store_true", help="pad heads to a multiple of 32, as vLLM needs them on CPUs"
         )
+        lora = "of a run with lora: merged = added to its base (default); adapter = alone, in PEFT's format"
+        parser.add_argument("--lora", choices=("merged", "adapter"), help=lora)
     elif command == "verify":
         parser.add_argument("source", type=Path, metavar="CKPT", help="what `jorch import` or `jorch export` wrote")
         parser.add_argument("--against", type=Path, required=True, metavar="DIR", help="Qwen3 in safetensors")

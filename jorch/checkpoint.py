@@ -100,6 +100,20 @@ class Checkpoints:
             self._checkpointer.close()
 
 
+def base_meta(init_from: str | None, frozen: Any) -> dict[str, Any]:
+    """What a checkpoint of an adapter says of its frozen base, which it does not hold; nothing where all is trained."""
+    return {} if frozen is None else {"base": {"init_from": init_from, _CHECKSUM: int(_checksum(frozen))}}
+
+
+def check_base(meta: dict[str, Any], init_from: str | None, frozen: Any) -> None:
+    """Raises ValueError where an adapter was trained on other frozen parameters than these."""
+    if frozen is not None and meta["base"][_CHECKSUM] != int(_checksum(frozen)):
+        raise ValueError(
+            f"init_from={init_from!r} holds other weights than those the adapter was trained on, which came from "
+            f"{meta['base']['init_from']!r}; restore them there, or pass --fresh to start again"
+        )
+
+
 @jax.jit
 def _checksum(state: Any) -> jax.Array:
     """A wrapping sum over the bits of all arrays: whatever their shardings, one changed element changes it.

@@ -92,7 +92,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             case "export":
                 from jorch.export import checkpoint
 
-                checkpoint.run(options.source, options.out, widen_heads=options.widen_heads)
+                checkpoint.run(options.source, options.out, widen_heads=options.widen_heads, lora=options.lora)
             case "serve":
                 from jorch.serving import vllm
 

@@ -68,6 +68,19 @@ class MeshConfig(Section):
     tensor: PositiveInt = Field(default=1, description="shards of heads, MLP and vocabulary")
 
 
+Matrix = Literal["q", "k", "v", "o", "gate", "up", "down"]
+
+
+class LoraConfig(Section):
+    """Train low-rank additions to frozen matrices, W + (alpha / rank) A B (LoRA, arXiv 2106.09685)."""
+
+    rank: PositiveInt = Field(default=16, description="R, columns of A and rows of B")
+    alpha: PositiveFloat = Field(default=32.0, description="the addition is scaled by alpha / rank")
+    targets: tuple[Matrix, ...] = Field(
+        default=("q", "k", "v", "o", "gate", "up", "down"), min_length=1, description="matrices of every layer"
+    )
+
+
 class OptimizerConfig(Section):
     kind: Literal["adam", "muon"] = Field(default="adam", description="muon: matrices by Muon, the rest by Adam")
     learning_rate: PositiveFloat = Field(description="peak; Adam's")
@@ -185,6 +198,11 @@ class ServerSection(Section):
         return self
 
 
+def _check_lora(lora: LoraConfig | None, optimizer: OptimizerConfig) -> None:
+    if lora is not None and optimizer.kind == "muon":
+        raise ValueError("optimizer.kind=muon is for whole matrices; with lora, set optimizer.kind to adam")
+
+
 def _check_context(sampler: SamplerConfig, rollout: RolloutConfig) -> None:
     if rollout.max_prompt_tokens + rollout.max_tokens_per_turn > sampler.max_context_tokens:
         raise ValueError(
@@ -222,6 +240,7 @@ class SftConfig(Section):
     steps: PositiveInt = Field(description="optimizer steps")
     rows_per_step: PositiveInt = Field(default=64, description="demonstrations per step")
     batch: BatchConfig
+    lora: LoraConfig | None = Field(default=None, description="train an adapter of the frozen weights; null = all")
     optimizer: OptimizerConfig
     mesh: MeshConfig = MeshConfig()
     checkpoint: CheckpointConfig = CheckpointConfig(every_steps=100)
@@ -231,6 +250,9 @@ class SftConfig(Section):
     def _start(self) -> "SftConfig":
         if self.init_from is None and self.model is None:
             raise ValueError("init_from is null, so a model section with the dimensions is needed")
+        if self.init_from is None and self.lora is not None:
+            raise ValueError("init_from is null; lora adapts trained weights, so set init_from to their folder")
+        _check_lora(self.lora, self.optimizer)
         return self
 
 
@@ -252,6 +274,7 @@ class RlConfig(Section):
     reward: RewardConfig = RewardConfig()
     algorithm: AlgorithmConfig = AlgorithmConfig()
     batch: BatchConfig
+    lora: LoraConfig | None = Field(default=None, description="train an adapter of the frozen weights; null = all")
     optimizer: OptimizerConfig
     mesh: MeshConfig = MeshConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
@@ -266,6 +289,7 @@ class RlConfig(Section):
             raise ValueError(
                 f"tasks_per_step={self.tasks_per_step} is not a multiple of num_minibatches={self.num_minibatches}"
             )
+        _check_lora(self.lora, self.optimizer)
         _check_context(self.sampler, self.rollout)
         if self.sampler.max_context_tokens > self.batch.row_tokens:
             raise ValueError(

@@ -22,6 +22,7 @@ RULES: dict[str, str | tuple[str, ...] | None] = {
     "head_dim": None,
     "mlp": "tensor",
     "vocab": "tensor",
+    "rank": None,
     "micro": None,
     "rows": ("data", "fsdp"),
     "length": "context",

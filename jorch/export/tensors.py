@@ -45,7 +45,8 @@ _BLOCK_BYTES = 64 * 2**20
 _DTYPES = {"float32": "F32", "bfloat16": "BF16"}
 
 
-def _layer_name(index: int, name: str) -> str:
+def layer_name(index: int, name: str) -> str:
+    """Hugging Face's name of a parameter of layer `index`."""
     return f"model.layers.{index}.{_LAYER[name]}"
 
 
@@ -190,7 +191,7 @@ def _read_stacked(reader: Reader, name: str, abstract: Any, place: NamedSharding
 
     stack = jax.jit(partial(jnp.zeros, abstract.shape, abstract.dtype), out_shardings=place)()
     for index in range(num_layers):
-        tensor = reader.read(_layer_name(index, name), _hf_shape(name, shape), _hf_sharding(name, place))
+        tensor = reader.read(layer_name(index, name), _hf_shape(name, shape), _hf_sharding(name, place))
         # Without waiting, the host would read ahead of the devices and hold what they have not taken yet.
         stack = jax.block_until_ready(insert(stack, tensor, jnp.int32(index)))
     return stack
@@ -251,7 +252,7 @@ def _hf_shapes(params: Params) -> Iterator[_Described]:
         yield _TOP[name], params[name].shape, np.dtype(params[name].dtype)
     for name, stacked in params["layers"].items():
         for index in range(stacked.shape[0]):
-            yield _layer_name(index, name), _hf_shape(name, stacked.shape[1:]), np.dtype(stacked.dtype)
+            yield layer_name(index, name), _hf_shape(name, stacked.shape[1:]), np.dtype(stacked.dtype)
 
 
 def _tensors(params: Params) -> Iterator[Iterator[np.ndarray]]:

@@ -10,12 +10,13 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from jorch.checkpoint import Checkpoints
+from jorch.checkpoint import Checkpoints, base_meta, check_base
 from jorch.config import SftConfig
 from jorch.data.chat import demonstration_tokens
 from jorch.data.packing import fill_fraction, pack
 from jorch.data.tokenizer import Tokenizer
 from jorch.metrics import MetricWriter, Stage, stage
+from jorch.model import lora
 from jorch.model.transformer import Params, Qwen3
 from jorch.processes import is_writer
 from jorch.sharding import shard_batch
@@ -49,17 +50,19 @@ def train(
     tokenizer: Tokenizer,
     demonstrations: Demonstrations,
 ) -> Params:
-    """Train in an open run folder, continuing from its newest checkpoint; the final parameters."""
+    """Train in an open run folder, continuing from its newest checkpoint; the final parameters of the whole model."""
+    trained, start, frozen = lora.start(model, params, config.lora, config.seed, mesh)
     optimizer = make_optimizer(config.optimizer, config.steps)
-    train_step = make_train_step(model, optimizer, cross_entropy, mesh)
-    state = init_state(model, optimizer, mesh, params)
-    meta = {"tokenizer_digest": tokenizer.digest, "seed": config.seed}
+    train_step = make_train_step(trained, optimizer, cross_entropy, mesh)
+    state = init_state(trained, optimizer, mesh, start)
+    meta = {"tokenizer_digest": tokenizer.digest, "seed": config.seed} | base_meta(config.init_from, frozen)
     with Checkpoints(folder / "checkpoints", config.checkpoint) as checkpoints:
         first_step = 0
         if checkpoints.latest_step() is not None:
-            state, restored, first_step = checkpoints.restore(abstract_state(model, optimizer, mesh))
+            state, restored, first_step = checkpoints.restore(abstract_state(trained, optimizer, mesh))
             if restored["tokenizer_digest"] != tokenizer.digest:
                 raise ValueError(f"the checkpoint in {config.out} belongs to another tokenizer")
+            check_base(restored, config.init_from, frozen)
         with (
             MetricWriter(folder, first_step) if is_writer() else contextlib.nullcontext() as writer,
             stage("behaviour cloning", config.steps) as progress,
@@ -70,7 +73,7 @@ def train(
                 with report.clock.part("data"):
                     batch = _batch(config, step, tokenizer, demonstrations)
                     placed = shard_batch(mesh, batch)
-                state, metrics = train_step(state, placed, float(config.rows_per_step))
+                state, metrics = train_step(state, placed, float(config.rows_per_step), frozen)
                 # The devices work on this step while the host reads the one before.
                 report.read()
                 report.dispatched(step, metrics, batch)
@@ -78,7 +81,7 @@ def train(
                 if is_last or (step + 1) % config.checkpoint.every_steps == 0:
                     report.read()  # a checkpoint promises the metrics of the steps before it
                 checkpoints.save(step + 1, state, meta, force=is_last)
-    return state.params
+    return trained.merge(state.params, frozen)
 
 
 class _Report:
@@ -110,7 +113,9 @@ class _Report:
         if self._writer and (step % self._config.log_every == 0 or step + 1 == self._config.steps):
             perplexity = math.exp(min(values["train/loss"], 50.0))
             values |= {"train/perplexity": perplexity, "packing/fill": fill_fraction(batch)} | times
-            values |= speed(self._model.config, batch, times["time/step_s"], device_kind(), jax.device_count())
+            values |= speed(
+                self._model.config, batch, times["time/step_s"], device_kind(), jax.device_count(), self._config.lora
+            )
             self._writer.write(step, values)
         self._progress.advance(loss=values["train/loss"])
 
