@@ -82,7 +82,12 @@ class LoraConfig(Section):
 
 
 class OptimizerConfig(Section):
-    kind: Literal["adam", "muon"] = Field(default="adam", description="muon: matrices by Muon, the rest by Adam")
+    kind: Literal["adam", "adafactor", "muon"] = Field(
+        default="adam", description="adafactor: factored second moments; muon: matrices by Muon, the rest by Adam"
+    )
+    moment_dtype: Literal["float32", "bfloat16"] = Field(
+        default="float32", description="of the first moments of adam and muon; second ones are always float32"
+    )
     learning_rate: PositiveFloat = Field(description="peak; Adam's")
     muon_learning_rate: PositiveFloat = Field(default=0.02, description="peak; of matrices under muon")
     schedule: Literal["constant", "cosine", "linear"] = Field(default="constant", description="after warm-up")

@@ -86,6 +86,10 @@ def _options(job: Job, num_devices: int) -> Iterator[Change]:
             yield Change("mesh.context", size, 1.6 + 0.1 * size)
         if size > job.mesh.tensor:
             yield Change("mesh.tensor", size, 1.8 + 0.2 * size)
+    if job.optimizer.kind == "adam":
+        if job.optimizer.moment_dtype == "float32":
+            yield Change("optimizer.moment_dtype", "bfloat16", 2.5)  # first moments of 8 bits
+        yield Change("optimizer.kind", "adafactor", 4.0)  # another optimizer: its rate wants tuning
     for factor in (2, 4, 8):
         yield Change("batch.row_tokens", job.batch.row_tokens // factor, 4.0 + factor)  # long samples are lost
     if job.model.param_dtype == "float32":

@@ -37,6 +37,7 @@ class Memory:
     optimizer_state: float
     reference: float
     gradients: float
+    """Their sum over the micro-batches so far, in float32."""
     saved_activations: float
     """What all layers keep for the backward pass."""
     layer_backward: float
@@ -54,14 +55,16 @@ class Memory:
 def memory(job: Job, num_devices: int, attention: Attention) -> Memory:
     """Raises ValueError where the mesh does not cover the devices, or a size does not divide over it."""
     # Frozen models are hashable, which pyright does not see.
-    trained, frozen, optimizer_state = _state_bytes(job.model, job.lora, job.optimizer, job.mesh, num_devices)  # pyright: ignore[reportArgumentType]
+    trained, frozen, optimizer_state, gradients = _state_bytes(
+        job.model, job.lora, job.optimizer, job.mesh, num_devices
+    )  # pyright: ignore[reportArgumentType]
     _check_batch(job, num_devices)
     saved, backward = _activation_bytes(job, num_devices, attention)
     return Memory(
         parameters=trained + frozen,
         optimizer_state=optimizer_state,
         reference=trained if job.with_reference else 0.0,
-        gradients=trained,  # their sum over the micro-batches so far
+        gradients=gradients,
         saved_activations=saved,
         layer_backward=backward + trained,
         logits=_logit_bytes(job),
@@ -71,15 +74,16 @@ def memory(job: Job, num_devices: int, attention: Attention) -> Memory:
 @cache
 def _state_bytes(
     model: ModelConfig, lora: LoraConfig | None, optimizer: OptimizerConfig, mesh: MeshConfig, num_devices: int
-) -> tuple[float, float, float]:
-    """(trained parameters, frozen ones, optimizer state) on the fullest device."""
+) -> tuple[float, float, float, float]:
+    """(trained parameters, frozen ones, optimizer state, float32 gradients) on the fullest device."""
     abstract_mesh = AbstractMesh(mesh_shape(mesh, num_devices), MESH_AXES, (AxisType.Auto,) * len(MESH_AXES))
     shardable: Any = abstract_mesh  # shardings need its shape alone
     base, rule = Qwen3(model), make_optimizer(optimizer, 1000)
     trained: Trainable = LoraQwen3(base, lora) if lora else base
     state = abstract_state(trained, rule, shardable)
     frozen = _bytes(abstract_state(base, rule, shardable).params) if lora else 0.0
-    return _bytes(state.params), frozen, _bytes(state.opt_state)
+    in_float32 = jax.tree.map(lambda x: x.update(dtype=jnp.float32), state.params)
+    return _bytes(state.params), frozen, _bytes(state.opt_state), _bytes(in_float32)
 
 
 def _bytes(tree: object) -> float:

@@ -74,7 +74,8 @@ def make_train_step(
             micro = jax.tree.map(lambda x: x[index], batch)
             return grad_fn(state.params, frozen, micro, loss_tokens, num_sequences)
 
-        zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(of_micro, 0))
+        # Summed in float32 whatever the parameters are in, or the sum would depend on the number of addends.
+        zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), jax.eval_shape(of_micro, 0))
         # Packing fills micro-batches from the first on; the empty ones at the end are not visited.
         num_filled = jnp.sum(jnp.any(batch.loss_weights > 0, axis=(1, 2)))
         (loss, metrics), grads = jax.lax.fori_loop(

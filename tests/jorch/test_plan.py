@@ -41,10 +41,12 @@ def tiny_job(tiny_config, *overrides, **changed):
     return job_of(SftConfig.model_validate(settings))
 
 
-@pytest.mark.parametrize("kind", ["adam", "muon"])
-def test_the_state_is_as_large_as_the_real_one(kind, tiny, tiny_config):
+@pytest.mark.parametrize(
+    ("kind", "moment_dtype"), [("adam", "float32"), ("muon", "bfloat16"), ("adafactor", "float32")]
+)
+def test_the_state_is_as_large_as_the_real_one(kind, moment_dtype, tiny, tiny_config):
     model, params = tiny
-    optimizer = OptimizerConfig(kind=kind, learning_rate=1e-3)
+    optimizer = OptimizerConfig(kind=kind, moment_dtype=moment_dtype, learning_rate=1e-3)
     state = init_state(model, make_optimizer(optimizer, 10), make_mesh(MeshConfig()), params)
     job = job_8b("mesh.fsdp=1")
     job = type(job)(tiny_config(), optimizer, job.batch, MeshConfig(), 1, False, None, "model.")

@@ -14,13 +14,14 @@ import optax
 import pytest
 from jax.sharding import AbstractMesh, AxisType
 
-from jorch.config import ModelConfig, OptimizerConfig
+from jorch.config import OptimizerConfig
 from jorch.data.packing import pack
 from jorch.model.transformer import Qwen3
+from jorch.plan.job import PUBLISHED
 from jorch.sharding import MESH_AXES, shard_batch
 from jorch.train.optimizer import make_optimizer, make_schedule
 from jorch.train.sft import cross_entropy
-from jorch.train.state import init_state, state_shardings
+from jorch.train.state import abstract_state, init_state, state_shardings
 from jorch.train.step import make_train_step
 from jorch.types import Sample
 
@@ -153,21 +154,35 @@ def test_schedules():
     )
 
 
+@pytest.mark.slow
+def test_many_micro_batches_of_bfloat16_parameters_add_up(tiny_config, random_params, mesh):
+    """Sixty-four equal ones: a sum in bfloat16 would stop growing when an addend is less than half its last digit."""
+    model = Qwen3(tiny_config(param_dtype="bfloat16"))
+    params, sample = random_params(model), make_samples()[0]
+    optimizer = optimizer_that_keeps_gradients()
+    gradients = []
+    for num_micro in (1, 64):
+        step = make_train_step(model, optimizer, cross_entropy, mesh)
+        batch = packed([sample], 1, 1)
+        batch = jax.tree.map(lambda x, num=num_micro: np.repeat(x, num, axis=0), batch)
+        state, _ = step(init_state(model, optimizer, mesh, params), shard_batch(mesh, batch), 1.0)
+        gradients.append(jax.device_get(state.opt_state))
+    # Each addend was rounded to bfloat16 once; dividing by 64 rounds nothing.
+    assert_close(gradients[1], jax.tree.map(lambda x: x.astype(np.float64), gradients[0]), 2**-8)
+
+
+def optimizer_that_keeps_gradients():
+    """Its state is the last gradient, in float32."""
+    return optax.GradientTransformation(
+        lambda params: jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), params),
+        lambda grads, state, params=None: (jax.tree.map(jnp.zeros_like, params), grads),
+    )
+
+
 @pytest.mark.parametrize("kind", ["adam", "muon"])
 def test_moments_lie_where_their_parameters_lie(kind):
     """Of the 8B model on eight devices: beside its parameter, and nowhere whole."""
-    model = Qwen3(
-        ModelConfig(
-            vocab_size=151936,
-            hidden_size=4096,
-            intermediate_size=12288,
-            num_hidden_layers=36,
-            num_attention_heads=32,
-            num_key_value_heads=8,
-            head_dim=128,
-        )
-    )
-    mesh = AbstractMesh((1, 4, 1, 2), MESH_AXES, axis_types=(AxisType.Auto,) * 4)
+    model, mesh = Qwen3(PUBLISHED["Qwen3-8B"]), AbstractMesh((1, 4, 1, 2), MESH_AXES, axis_types=(AxisType.Auto,) * 4)
     rule = optimizer(kind)
     shapes = jax.eval_shape(rule.init, model.abstract_params())
     places = state_shardings(model, rule, mesh)
@@ -189,6 +204,17 @@ def test_moments_lie_where_their_parameters_lie(kind):
     layers = model.abstract_params()["layers"]
     matrices = sum(x.size for name, x in layers.items() if not name.endswith("norm"))
     assert moments == 2 * model.num_params() - (matrices if kind == "muon" else 0)
+
+
+def test_adafactors_state_is_less_than_a_fiftieth_of_the_parameters():
+    """Of the 8B model on eight devices, though its rows and columns lie on every device whole."""
+    model, mesh = Qwen3(PUBLISHED["Qwen3-8B"]), AbstractMesh((1, 4, 1, 2), MESH_AXES, axis_types=(AxisType.Auto,) * 4)
+    state = abstract_state(model, optimizer("adafactor"), mesh)
+    params, kept = (
+        sum(math.prod(x.sharding.shard_shape(x.shape)) for x in jax.tree.leaves(tree))
+        for tree in (state.params, state.opt_state)
+    )
+    assert kept < params / 50
 
 
 EIGHT_DEVICES = """
