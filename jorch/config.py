@@ -15,6 +15,9 @@ class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
 
 
+Remat = Literal["none", "full", "save_attention", "offload"]
+
+
 class ModelConfig(Section):
     """The Qwen3 dense architecture; names follow Hugging Face's config.json, letters follow the README."""
 
@@ -31,7 +34,11 @@ class ModelConfig(Section):
     max_position_embeddings: PositiveInt = Field(default=40960, description="longest sequence, tokens")
     param_dtype: Literal["float32", "bfloat16"] = Field(default="float32", description="of stored parameters")
     compute_dtype: Literal["float32", "bfloat16"] = Field(default="float32", description="of activations")
-    remat: Literal["none", "full"] = Field(default="none", description="recompute layers in the backward pass")
+    remat: Remat = Field(
+        default="none",
+        description="what the backward pass recomputes. full: layers, from their inputs; save_attention: all of them "
+        "but attention; offload: as full, with the inputs in the host's memory",
+    )
 
     @model_validator(mode="after")
     def _heads(self) -> "ModelConfig":
@@ -286,7 +293,11 @@ class RlConfig(Section):
     log_trajectories: int = Field(default=2, ge=0, description="groups written to trajectories.jsonl per step")
     param_dtype: Literal["float32", "bfloat16"] = Field(default="float32", description="of the trained parameters")
     compute_dtype: Literal["float32", "bfloat16"] = Field(default="float32", description="of activations")
-    remat: Literal["none", "full"] = Field(default="none", description="recompute layers in the backward pass")
+    remat: Remat = Field(
+        default="none",
+        description="what the backward pass recomputes. full: layers, from their inputs; save_attention: all of them "
+        "but attention; offload: as full, with the inputs in the host's memory",
+    )
 
     @model_validator(mode="after")
     def _fits(self) -> "RlConfig":

@@ -14,7 +14,8 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from jorch.config import LoraConfig, ModelConfig
-from jorch.model.attention import packed_attend
+from jorch.model import remat
+from jorch.model.attention import packed_rows
 from jorch.model.layers import Block, param, rms_norm, rope_tables
 from jorch.sharding import sharding
 
@@ -62,19 +63,22 @@ class Transformer(nnx.Module):
             preferred_element_type=jnp.float32,
         )
 
-    def hidden(self, token_ids_BT: jax.Array, positions_BT: jax.Array, mask_BT: jax.Array) -> jax.Array:
-        """Final hidden states [B, T, D] of packed rows; `mask` as in `kernels.attention.mask`."""
-        x_BTD, rope = self.start(token_ids_BT, positions_BT)
-        attend = packed_attend(mask_BT, self.config.head_dim)
+    def hidden(
+        self, token_ids_BT: jax.Array, positions_BT: jax.Array, mask_BT: jax.Array, mesh: Mesh | None = None
+    ) -> jax.Array:
+        """Final hidden states [B, T, D] of packed rows; `mask` as in `kernels.attention.mask`.
+
+        On a `mesh` with a context axis devices share the rows. Raises ValueError where these do not split.
+        """
+        rows = packed_rows(mask_BT, self.config.head_dim, mesh)
+        x_BTD, rope = self.start(rows.spread(token_ids_BT), rows.spread(positions_BT))
         graphdef, stacked = nnx.split(self.layers)
 
         def layer(x_BTD: jax.Array, state: nnx.State) -> tuple[jax.Array, None]:
-            return nnx.merge(graphdef, state)(x_BTD, rope, attend), None
+            return nnx.merge(graphdef, state)(remat.named_input(x_BTD), rope, rows.attend), None
 
-        if self.config.remat == "full":
-            layer = jax.checkpoint(layer)
-        x_BTD, _ = jax.lax.scan(layer, x_BTD, stacked)
-        return self.finish(x_BTD)
+        x_BTD, _ = jax.lax.scan(remat.rematerialised(layer, self.config.remat), x_BTD, stacked)
+        return rows.restore(self.finish(x_BTD))
 
 
 class Trainable(ABC):

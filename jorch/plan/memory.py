@@ -55,9 +55,8 @@ class Memory:
 def memory(job: Job, num_devices: int, attention: Attention) -> Memory:
     """Raises ValueError where the mesh does not cover the devices, or a size does not divide over it."""
     # Frozen models are hashable, which pyright does not see.
-    trained, frozen, optimizer_state, gradients = _state_bytes(
-        job.model, job.lora, job.optimizer, job.mesh, num_devices
-    )  # pyright: ignore[reportArgumentType]
+    key: Any = job.model, job.lora, job.optimizer, job.mesh
+    trained, frozen, optimizer_state, gradients = _state_bytes(*key, num_devices)
     _check_batch(job, num_devices)
     saved, backward = _activation_bytes(job, num_devices, attention)
     return Memory(
@@ -126,9 +125,19 @@ def _activation_bytes(job: Job, num_devices: int, attention: Attention) -> tuple
     layer = (D * (N + 2 * K) * H + N * H * D + 3 * D * F) / tensor
     # FSDP gathers a layer in the compute dtype; its gradients, if it has any, exist whole before they are scattered.
     gathered = layer * (width + 4) if fsdp > 1 and not job.lora else layer * width
-    if model.remat == "full":
-        return L * tokens * width * D, inside + scores + gathered
-    return L * (inside + scores), scores + gathered
+    inputs = tokens * width * D
+    match model.remat:
+        case "none":
+            return L * (inside + scores), scores + gathered
+        case "full":
+            return L * inputs, inside + scores + gathered
+        case "save_attention":
+            # The outputs of attention, and for tiles float32 log-sum-exps.
+            outputs = tokens * N / tensor * (H * width + 4)
+            return L * (inputs + outputs), inside + scores + gathered
+        case "offload":
+            # One layer's inputs are at work while the next ones travel.
+            return 2 * inputs, inside + scores + gathered
 
 
 def _logit_bytes(job: Job) -> float:

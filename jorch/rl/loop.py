@@ -156,7 +156,7 @@ def make_learner(config: RlConfig, mesh: Mesh, start: pretrained.Pretrained) -> 
         frozen,
         optimizer,
         make_train_step(model, optimizer, loss_fn, mesh, with_entropy=algorithm.entropy_coefficient > 0),
-        make_logprobs_fn(model),
+        make_logprobs_fn(model, mesh),
         init_state(model, optimizer, mesh, params),
         params if algorithm.kl_coefficient > 0 else None,
     )

@@ -81,8 +81,8 @@ def _in_float32(rule: optax.GradientTransformation) -> optax.GradientTransformat
     def to_float32(tree: Any) -> Any:
         return jax.tree.map(lambda x: x.astype(jnp.float32), tree)
 
-    def update(grads: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
-        return rule.update(to_float32(grads), state, to_float32(params))
+    def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
+        return rule.update(to_float32(updates), state, to_float32(params))
 
     return optax.GradientTransformation(lambda params: rule.init(to_float32(params)), update)
 

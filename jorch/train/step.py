@@ -59,7 +59,7 @@ def make_train_step(
         params: Params, frozen: Params | None, batch: PackedBatch, loss_tokens: jax.Array, num_sequences: jax.Array
     ) -> tuple[jax.Array, Metrics]:
         module = model.bind(params, frozen)
-        hidden_BTD = module.hidden(batch.token_ids, batch.positions, batch.visible_until)
+        hidden_BTD = module.hidden(batch.token_ids, batch.positions, batch.visible_until, mesh)
         logprobs_BT, entropy_BT = token_logprobs(hidden_BTD, module.unembedding_VD, batch, with_entropy=with_entropy)
         return loss_fn(logprobs_BT, entropy_BT, batch, loss_tokens, num_sequences)
 
@@ -100,13 +100,13 @@ def make_train_step(
     return jax.jit(step, donate_argnums=0, out_shardings=(shardings, replicated(mesh)))
 
 
-def make_logprobs_fn(model: Trainable) -> Callable[..., jax.Array]:
+def make_logprobs_fn(model: Trainable, mesh: Mesh | None = None) -> Callable[..., jax.Array]:
     """Jitted (params, batch, frozen=None) -> log-probabilities f32[M, B, T] of a packed batch."""
 
     def logprobs(params: Params, batch: PackedBatch, frozen: Params | None = None) -> jax.Array:
         def of_micro(micro: PackedBatch) -> jax.Array:
             module = model.bind(params, frozen)
-            hidden_BTD = module.hidden(micro.token_ids, micro.positions, micro.visible_until)
+            hidden_BTD = module.hidden(micro.token_ids, micro.positions, micro.visible_until, mesh)
             return token_logprobs(hidden_BTD, module.unembedding_VD, micro, with_entropy=False)[0]
 
         return jax.lax.map(of_micro, batch)
