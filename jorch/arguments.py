@@ -94,6 +94,7 @@ def _plain_parser(command: str) -> argparse.ArgumentParser:
             "source", type=Path, metavar="CKPT", help="folder of a training run, or what `jorch import` wrote"
         )
         parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder to write")
+        parser.add_argument("--step", type=int, metavar="N", help="which checkpoint of the run (default: the newest)")
         parser.add_argument(
             "--widen-heads", action="store_true", help="pad heads to a multiple of 32, as vLLM needs them on CPUs"
         )

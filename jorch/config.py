@@ -4,7 +4,7 @@ One model per stage: SftConfig, RlConfig, EvalConfig, QuickstartConfig. A YAML f
 overrides on the command line change single keys (`config_io.py`). Units stand in the names.
 """
 
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, model_validator
 
@@ -32,6 +32,10 @@ class ModelConfig(Section):
     param_dtype: Literal["float32", "bfloat16"] = Field(default="float32", description="of stored parameters")
     compute_dtype: Literal["float32", "bfloat16"] = Field(default="float32", description="of activations")
     remat: Literal["none", "full"] = Field(default="none", description="recompute layers in the backward pass")
+
+    def architecture(self) -> dict[str, Any]:
+        """What makes two models the same, whatever they are computed in."""
+        return self.model_dump(exclude={"param_dtype", "compute_dtype", "remat"})
 
     @model_validator(mode="after")
     def _heads(self) -> "ModelConfig":
@@ -197,6 +201,11 @@ def _check_context(sampler: SamplerConfig, rollout: RolloutConfig) -> None:
 class CheckpointConfig(Section):
     every_steps: PositiveInt = Field(default=1, description="asynchronous save interval")
     keep: PositiveInt = Field(default=2, description="latest checkpoints kept")
+    best_metric: str | None = Field(
+        default=None, description="also keep the best one by this metric (jorch/metrics.py)"
+    )
+    best_is: Literal["highest", "lowest"] = Field(default="highest", description="which value of it is best")
+    ocdbt: bool = Field(default=True, description="pack all arrays of a process into one database, not a file a chunk")
 
 
 class MiniatureConfig(Section):
@@ -231,6 +240,11 @@ class SftConfig(Section):
     def _start(self) -> "SftConfig":
         if self.init_from is None and self.model is None:
             raise ValueError("init_from is null, so a model section with the dimensions is needed")
+        best = self.checkpoint.best_metric
+        if best is not None and not best.startswith("train/"):
+            raise ValueError(
+                f"checkpoint.best_metric={best!r} is not measured by sft, which has train/loss and the like"
+            )
         return self
 
 

@@ -16,7 +16,8 @@ PACKAGES = ("jorch", "kernels", "tools_server")
 RANKS = {
     **dict.fromkeys(("types", "config"), 0),
     **dict.fromkeys(
-        ("config_help", "config_io", "run_folder", "metrics", "sharding", "versions", "processes", "flops"), 1
+        ("config_help", "config_io", "run_folder", "metrics", "sharding", "versions", "processes", "flops", "stopping"),
+        1,
     ),
     **dict.fromkeys(("model", "data", "checkpoint"), 2),
     **dict.fromkeys(("rollout", "train", "export", "serving"), 3),

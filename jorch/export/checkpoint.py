@@ -1,9 +1,9 @@
-"""`jorch export`: the newest checkpoint of a run as a folder of Hugging Face safetensors."""
+"""`jorch export`: a checkpoint of a run as a folder of Hugging Face safetensors."""
 
 from pathlib import Path
 
 from jorch import config_io
-from jorch.checkpoint import Checkpoints
+from jorch.checkpoint import Checkpoints, describe
 from jorch.config import MeshConfig, QuickstartConfig, RlConfig, SftConfig
 from jorch.data import tokenizer as tokenizers
 from jorch.export import heads, hf, pretrained, weights
@@ -15,14 +15,16 @@ from jorch.train.optimizer import make_optimizer
 from jorch.train.state import abstract_state
 
 
-def run(source: Path, out: Path, *, widen_heads: bool = False) -> None:
+def run(source: Path, out: Path, *, step: int | None = None, widen_heads: bool = False) -> None:
     """Export run folder `source`, or what `jorch import` wrote, to `out`, with its tokenizer and the probe.
 
-    A run may be under way.
+    A run may be under way. `step` names one of its checkpoints; None means the newest.
 
-    Raises ValueError where `source` is no training run, has no checkpoint, or `out` is not empty.
+    Raises ValueError where `source` is no training run, has no such checkpoint, or `out` is not empty.
     """
     if weights.is_checkpoint(source):
+        if step is not None:
+            raise ValueError(f"{source} is no training run, so it has no --step")
         _export_weights(source, out, widen_heads)
         return
     config = _training_config(source)
@@ -36,9 +38,10 @@ def run(source: Path, out: Path, *, widen_heads: bool = False) -> None:
     with Checkpoints(folder, config.checkpoint, read_only=True) as checkpoints:
         if checkpoints.latest_step() is None:
             raise ValueError(f"{source} has no checkpoint yet")
-        state, _, step = checkpoints.restore(abstract_state(model, optimizer, make_mesh(MeshConfig())))
-    wanted = heads.widen(model.config, state.params) if widen_heads else (model.config, state.params)
-    hf.save(out, *wanted, tokenizer, {"step": step, "tokenizer_digest": tokenizer.digest})
+        wanted = abstract_state(model, optimizer, make_mesh(MeshConfig()))
+        state, _, step = checkpoints.restore(wanted, describe(config, model.config, tokenizer.digest), step)
+    exported = heads.widen(model.config, state.params) if widen_heads else (model.config, state.params)
+    hf.save(out, *exported, tokenizer, {"step": step, "tokenizer_digest": tokenizer.digest})
     print(f"exported step {step} of {source} to {out}")
 
 
