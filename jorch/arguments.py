@@ -105,8 +105,11 @@ def _plain_parser(command: str) -> argparse.ArgumentParser:
             "--python", metavar="PATH", help="interpreter with torch and transformers (default: jorch's own)"
         )
     else:
-        what = "loop: an RL step of the quickstart's model; kernels: attention and log-probabilities"
-        parser.add_argument("what", choices=["loop", "kernels"], help=what)
+        what = (
+            "loop: an RL step of the quickstart's model; kernels: attention and log-probabilities; "
+            "checkpoint: saving and restoring 1.2 GB in the working folder, with OCDBT and without"
+        )
+        parser.add_argument("what", choices=["loop", "kernels", "checkpoint"], help=what)
         parser.add_argument("--json", type=Path, metavar="FILE", help="write the numbers there as well")
         parser.add_argument(
             "--tokens",

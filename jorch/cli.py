@@ -98,10 +98,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 
                 vllm.serve(vllm.options(options), options.log)
             case "bench":
-                from jorch import bench, kernel_bench
+                from jorch import bench, checkpoint_bench, kernel_bench
 
                 if options.what == "kernels":
                     kernel_bench.run(options.json, options.tokens)
+                elif options.what == "checkpoint":
+                    checkpoint_bench.run(options.json)
                 else:
                     bench.run_loop(options.json)
             case "plan":
