@@ -55,12 +55,23 @@ class TokenizerConfig(Section):
 
 
 class ChatConfig(Section):
-    """How messages become tokens. Both styles only ever append, so a trajectory is one sample."""
+    """How messages become tokens."""
 
     style: Literal["compact", "qwen3"] = Field(
         default="compact",
         description="compact: messages only, one line an observation; qwen3: system block with tools' JSON",
     )
+    history: Literal["sampled", "template"] = Field(
+        default="sampled",
+        description="sampled: turns stay as they were said, so a trajectory is one sample; template: rendered again "
+        "each turn, as Qwen3's template does, which drops thoughts once the user speaks and then begins a new sample",
+    )
+
+    @model_validator(mode="after")
+    def _template(self) -> "ChatConfig":
+        if self.history == "template" and self.style != "qwen3":
+            raise ValueError("history=template needs style=qwen3, whose template it is")
+        return self
 
 
 class MeshConfig(Section):
