@@ -8,6 +8,7 @@ from jorch.config import MeshConfig, QuickstartConfig, RlConfig, SftConfig
 from jorch.data import tokenizer as tokenizers
 from jorch.export import heads, hf, pretrained, weights
 from jorch.export.importing import refuse_occupied
+from jorch.export.source import Held
 from jorch.model.transformer import Qwen3
 from jorch.run_folder import CONFIG
 from jorch.sharding import make_mesh
@@ -40,18 +41,19 @@ def run(source: Path, out: Path, *, step: int | None = None, widen_heads: bool =
             raise ValueError(f"{source} has no checkpoint yet")
         wanted = abstract_state(model, optimizer, make_mesh(MeshConfig()))
         state, _, step = checkpoints.restore(wanted, describe(config, model.config, tokenizer.digest), step)
-    exported = heads.widen(model.config, state.params) if widen_heads else (model.config, state.params)
-    hf.save(out, *exported, tokenizer, {"step": step, "tokenizer_digest": tokenizer.digest})
+    held = Held(state.params)
+    exported = heads.widen(model.config, held) if widen_heads else (model.config, held)
+    hf.write(out, *exported, tokenizer, {"step": step, "tokenizer_digest": tokenizer.digest})
     print(f"exported step {step} of {source} to {out}")
 
 
 def _export_weights(source: Path, out: Path, widen_heads: bool) -> None:
     refuse_occupied(out)
     raw = hf.stored_config(source / hf.ARCHITECTURE)
-    start = pretrained.load(str(source), make_mesh(MeshConfig()), param_dtype=raw["torch_dtype"])
-    config, params = start.model.config, start.params
-    wanted = heads.widen(config, params) if widen_heads else (config, params)
-    hf.save(out, *wanted, start.tokenizer, {"tokenizer_digest": start.tokenizer.digest})
+    model, tokenizer = pretrained.load_model(source, param_dtype=raw["torch_dtype"])
+    stored = weights.Stored(source, model, make_mesh(MeshConfig()))
+    wanted = heads.widen(model.config, stored) if widen_heads else (model.config, stored)
+    hf.write(out, *wanted, tokenizer, {"tokenizer_digest": tokenizer.digest})
     print(f"exported {source} to {out}")
 
 

@@ -21,7 +21,7 @@ from jorch.rollout.row_batch import RowBatch
 from jorch.rollout.stats import SamplerStats
 from jorch.sharding import make_mesh
 from jorch.train.step import make_logprobs_fn
-from jorch.types import Completion, CompletionRequest, Sample
+from jorch.types import CompletionRequest, Sample
 
 MAX_TOKENS, STOP_ID, CONTEXT = 3, 9, 46
 # Float32 against float64 through two layers, logits up to about 10.
