@@ -4,7 +4,7 @@ One model per stage: SftConfig, RlConfig, EvalConfig, QuickstartConfig. A YAML f
 overrides on the command line change single keys (`config_io.py`). Units stand in the names.
 """
 
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, model_validator
 
@@ -40,6 +40,10 @@ class ModelConfig(Section):
         "but attention; offload: as full, with the inputs in the host's memory",
     )
 
+    def architecture(self) -> dict[str, Any]:
+        """What makes two models the same, whatever they are computed in."""
+        return self.model_dump(exclude={"param_dtype", "compute_dtype", "remat"})
+
     @model_validator(mode="after")
     def _heads(self) -> "ModelConfig":
         if self.num_attention_heads % self.num_key_value_heads:
@@ -58,12 +62,23 @@ class TokenizerConfig(Section):
 
 
 class ChatConfig(Section):
-    """How messages become tokens. Both styles only ever append, so a trajectory is one sample."""
+    """How messages become tokens."""
 
     style: Literal["compact", "qwen3"] = Field(
         default="compact",
         description="compact: messages only, one line an observation; qwen3: system block with tools' JSON",
     )
+    history: Literal["sampled", "template"] = Field(
+        default="sampled",
+        description="sampled: turns stay as they were said, so a trajectory is one sample; template: rendered again "
+        "each turn, as Qwen3's template does, which drops thoughts once the user speaks and then begins a new sample",
+    )
+
+    @model_validator(mode="after")
+    def _template(self) -> "ChatConfig":
+        if self.history == "template" and self.style != "qwen3":
+            raise ValueError("history=template needs style=qwen3, whose template it is")
+        return self
 
 
 class MeshConfig(Section):
@@ -227,6 +242,11 @@ def _check_context(sampler: SamplerConfig, rollout: RolloutConfig) -> None:
 class CheckpointConfig(Section):
     every_steps: PositiveInt = Field(default=1, description="asynchronous save interval")
     keep: PositiveInt = Field(default=2, description="latest checkpoints kept")
+    best_metric: str | None = Field(
+        default=None, description="also keep the best one by this metric (jorch/metrics.py)"
+    )
+    best_is: Literal["highest", "lowest"] = Field(default="highest", description="which value of it is best")
+    ocdbt: bool = Field(default=True, description="pack all arrays of a process into one database, not a file a chunk")
 
 
 class MiniatureConfig(Section):
@@ -265,6 +285,11 @@ class SftConfig(Section):
         if self.init_from is None and self.lora is not None:
             raise ValueError("init_from is null; lora adapts trained weights, so set init_from to their folder")
         _check_lora(self.lora, self.optimizer)
+        best = self.checkpoint.best_metric
+        if best is not None and not best.startswith("train/"):
+            raise ValueError(
+                f"checkpoint.best_metric={best!r} is not measured by sft, which has train/loss and the like"
+            )
         return self
 
 

@@ -1,14 +1,15 @@
-"""`jorch export`: the newest checkpoint of a run as a folder of Hugging Face safetensors, or its adapter as PEFT's."""
+"""`jorch export`: a checkpoint of a run as a folder of Hugging Face safetensors, or its adapter as PEFT's."""
 
 from pathlib import Path
 from typing import Any, Literal
 
 from jorch import config_io
-from jorch.checkpoint import Checkpoints, check_base
+from jorch.checkpoint import Checkpoints, check_base, describe
 from jorch.config import MeshConfig, QuickstartConfig, RlConfig, SftConfig
 from jorch.data import tokenizer as tokenizers
 from jorch.export import adapter, heads, hf, pretrained, weights
 from jorch.export.importing import refuse_occupied
+from jorch.export.source import Held
 from jorch.model.lora import LoraQwen3
 from jorch.model.transformer import Params, Qwen3, Trainable
 from jorch.run_folder import CONFIG
@@ -19,16 +20,20 @@ from jorch.train.state import abstract_state
 Lora = Literal["merged", "adapter"]
 
 
-def run(source: Path, out: Path, *, widen_heads: bool = False, lora: Lora | None = None) -> None:
+def run(
+    source: Path, out: Path, *, step: int | None = None, widen_heads: bool = False, lora: Lora | None = None
+) -> None:
     """Export run folder `source`, or what `jorch import` wrote, to `out`, with its tokenizer and the probe.
 
-    A run may be under way. `lora` is for runs that train an adapter: added to its base (also where it is None), or
-    the adapter alone.
+    A run may be under way. `step` names one of its checkpoints; None means the newest. `lora` is for runs that train
+    an adapter: added to its base (also where it is None), or the adapter alone.
 
-    Raises ValueError where `source` is no training run, has no checkpoint or no adapter, where the adapter's base is
-    gone or another one, or `out` is not empty.
+    Raises ValueError where `source` is no training run, has no such checkpoint or no adapter, where the adapter's base
+    is gone or another one, or `out` is not empty.
     """
     if weights.is_checkpoint(source):
+        if step is not None:
+            raise ValueError(f"{source} is no training run, so it has no --step")
         if lora is not None:
             raise ValueError(f"--lora {lora}: {source} is a whole model, without an adapter; leave --lora out")
         _export_weights(source, out, widen_heads)
@@ -49,15 +54,16 @@ def run(source: Path, out: Path, *, widen_heads: bool = False, lora: Lora | None
     with Checkpoints(folder, config.checkpoint, read_only=True) as checkpoints:
         if checkpoints.latest_step() is None:
             raise ValueError(f"{source} has no checkpoint yet")
-        state, meta, step = checkpoints.restore(abstract_state(model, optimizer, make_mesh(MeshConfig())))
+        wanted = abstract_state(model, optimizer, make_mesh(MeshConfig()))
+        state, meta, step = checkpoints.restore(wanted, describe(config, base.config, tokenizer.digest), step)
     if config.lora and lora == "adapter":
         adapter.save(out, config.lora, state.params, str(pretrained.folder_of(meta["base"]["init_from"])))
         print(f"exported the adapter of step {step} of {source} to {out}")
         return
     frozen = _frozen(meta["base"]["init_from"], meta, _param_dtype(config)) if config.lora else None
-    params = model.merge(state.params, frozen)
-    wanted = heads.widen(model.config, params) if widen_heads else (model.config, params)
-    hf.save(out, *wanted, tokenizer, {"step": step, "tokenizer_digest": tokenizer.digest})
+    held = Held(model.merge(state.params, frozen))
+    exported = heads.widen(model.config, held) if widen_heads else (model.config, held)
+    hf.write(out, *exported, tokenizer, {"step": step, "tokenizer_digest": tokenizer.digest})
     print(f"exported step {step} of {source} to {out}")
 
 
@@ -71,10 +77,10 @@ def _frozen(init_from: str, meta: dict[str, Any], param_dtype: str) -> Params:
 def _export_weights(source: Path, out: Path, widen_heads: bool) -> None:
     refuse_occupied(out)
     raw = hf.stored_config(source / hf.ARCHITECTURE)
-    start = pretrained.load(str(source), make_mesh(MeshConfig()), param_dtype=raw["torch_dtype"])
-    config, params = start.model.config, start.params
-    wanted = heads.widen(config, params) if widen_heads else (config, params)
-    hf.save(out, *wanted, start.tokenizer, {"tokenizer_digest": start.tokenizer.digest})
+    model, tokenizer = pretrained.load_model(source, param_dtype=raw["torch_dtype"])
+    stored = weights.Stored(source, model, make_mesh(MeshConfig()))
+    wanted = heads.widen(model.config, stored) if widen_heads else (model.config, stored)
+    hf.write(out, *wanted, tokenizer, {"tokenizer_digest": tokenizer.digest})
     print(f"exported {source} to {out}")
 
 

@@ -18,7 +18,7 @@ import numpy as np
 import optax
 from jax.sharding import Mesh
 
-from jorch.checkpoint import Checkpoints, base_meta, check_base
+from jorch.checkpoint import Checkpoints, base_meta, check_base, describe
 from jorch.config import RlConfig
 from jorch.data.chat import render_observation
 from jorch.data.packing import fill_fraction, pack
@@ -39,6 +39,7 @@ from jorch.rollout.tool_client import ToolClient
 from jorch.run_folder import open_run_folder
 from jorch.serving.samplers import make_sampler
 from jorch.sharding import make_mesh, shard_batch
+from jorch.stopping import Terminated, on_sigterm
 from jorch.train.optimizer import make_optimizer
 from jorch.train.state import TrainState, abstract_state, init_state
 from jorch.train.step import TrainStep, make_logprobs_fn, make_train_step
@@ -133,7 +134,10 @@ def train(
     sampler: Sampler,
     url: str,
 ) -> None:
-    """Train in an open run folder from its newest checkpoint on; the sampler ends with the final weights."""
+    """Train in an open run folder from its newest checkpoint on; the sampler ends with the final weights.
+
+    Raises Terminated after SIGTERM, with a checkpoint of the last step.
+    """
     mesh = make_mesh(config.mesh)
     hf.save_architecture(folder, start.model.config, start.tokenizer)
     learner = make_learner(config, mesh, start)
@@ -167,9 +171,9 @@ def _restore(learner: Learner, checkpoints: Checkpoints, start: pretrained.Pretr
     if checkpoints.latest_step() is None:
         return 0
     config = learner.config
-    learner.state, meta, step = checkpoints.restore(abstract_state(learner.model, learner.optimizer, learner.mesh))
-    if meta["tokenizer_digest"] != start.tokenizer.digest:
-        raise ValueError(f"the checkpoint in {config.out} belongs to another tokenizer than {config.init_from}")
+    wanted = abstract_state(learner.model, learner.optimizer, learner.mesh)
+    here = describe(config, start.model.config, start.tokenizer.digest)
+    learner.state, meta, step = checkpoints.restore(wanted, here)
     check_base(meta, config.init_from, learner.frozen)
     return step
 
@@ -186,16 +190,18 @@ async def _train(
 ) -> None:
     first_step = sampler.policy_version
     stream = TaskStream(tasks, config.tasks_per_step, config.seed)
-    meta = {"tokenizer_digest": start.tokenizer.digest, "seed": config.seed}
+    meta = describe(config, start.model.config, start.tokenizer.digest)
     meta |= base_meta(config.init_from, learner.frozen)
     async with ToolClient(url, timeout_s=config.rollout.call_timeout_s, retries=config.rollout.call_retries) as tools:
         driver = Driver(sampler, tools, start.tokenizer, config.chat, config.rollout)
         sampler.warm_up(len(start.tokenizer.encode(render_observation(["output"], config.chat.style))))
-        checkpoints.save(first_step, learner.state, meta, force=True)
+        position = {"data_position": first_step * config.tasks_per_step}
+        checkpoints.save(first_step, learner.state, meta | position, force=True)
         with (
             MetricWriter(folder, first_step) as writer,
             TrajectoryLog(folder, first_step, start.tokenizer, config.log_trajectories) as log,
             stage("reinforcement learning", config.steps) as progress,
+            on_sigterm() as told_to_end,
         ):
             progress.advance(first_step)
             for step in range(first_step, config.steps):
@@ -203,8 +209,13 @@ async def _train(
                 metrics, groups = await take_step(config, step, batch_tasks, driver, sampler, learner)
                 writer.write(step, metrics)
                 log.write(step, groups)
-                checkpoints.save(step + 1, learner.state, meta, force=step + 1 == config.steps)
+                ends, is_last = told_to_end(step + 1), step + 1 == config.steps
+                position = {"data_position": (step + 1) * config.tasks_per_step}
+                checkpoints.save(step + 1, learner.state, meta | position, metrics=metrics, force=ends or is_last)
                 _advance(progress, metrics)
+                if ends and not is_last:
+                    checkpoints.wait()
+                    raise Terminated(f"stopped by SIGTERM after step {step}, which is saved")
 
 
 async def take_step(
