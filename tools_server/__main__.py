@@ -81,7 +81,7 @@ async def serve(config: ServerConfig, exit_with_parent: bool) -> None:
         loop.add_signal_handler(number, stop.set)
     if exit_with_parent:
         _watch_parent(stop)
-    runner = web.AppRunner(make_app(config), access_log=None, shutdown_timeout=DRAIN_S)
+    runner = web.AppRunner(make_app(config), access_log=None, shutdown_timeout=DRAIN_S, handler_cancellation=True)
     try:
         await runner.setup()
         await _listen(runner, config)

@@ -14,7 +14,27 @@ log = logging.getLogger("tools_server")
 
 
 class BadRequest(ValueError):
-    """A request that no retry can make right: HTTP 400 with its text."""
+    """A request that no retry can make right: an HTTP status with its text."""
+
+    status = 400
+
+
+class UnknownSession(BadRequest):
+    """No such session is open here."""
+
+    status = 404
+
+
+class Conflict(BadRequest):
+    """What the session's calls so far do not allow."""
+
+    status = 409
+
+
+class Busy(Exception):
+    """A cap is reached: HTTP 429, and nothing of the request was accepted. It may be sent again."""
+
+    retry_after_s = 1
 
 
 def one_line(error: BaseException, max_characters: int = 300) -> str:
@@ -35,7 +55,10 @@ async def errors_as_json(
     try:
         return await handler(request)
     except BadRequest as error:
-        return web.json_response({"error": one_line(error)}, status=400)
+        return web.json_response({"error": one_line(error)}, status=error.status)
+    except Busy as error:
+        headers = {"Retry-After": str(error.retry_after_s)}
+        return web.json_response({"error": one_line(error)}, status=429, headers=headers)
     except web.HTTPRequestEntityTooLarge as error:
         line = f"{error.text} (the server's max_request_bytes)"
         return web.json_response({"error": line}, status=error.status)
