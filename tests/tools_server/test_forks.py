@@ -114,11 +114,8 @@ def test_writes_of_tau2_are_taken_back():
     from tools_server.envs.tau2 import load_domain
 
     tasks, writes = load_domain("airline").tasks, write_names("airline")
-    steps, task_id = next(
-        (steps, task_id)
-        for task_id, task in tasks.items()
-        if "book_reservation" in {step.name for step in (steps := script(task, "gold", writes))}
-    )
+    scripts = {task_id: script(task, "gold", writes) for task_id, task in tasks.items()}
+    task_id, steps = next(item for item in scripts.items() if any(step.name == "book_reservation" for step in item[1]))
 
     async def main():
         sessions = Sessions(ServerConfig.model_validate({}))
