@@ -8,7 +8,7 @@ from collections.abc import AsyncIterator
 
 from aiohttp import web
 
-from tools_server import session_routes
+from tools_server import openapi, session_routes
 from tools_server.authorisation import Capabilities, allow_server_only, allow_session, authorisation
 from tools_server.config import TOKEN_VARIABLE, ServerConfig
 from tools_server.errors import BadRequest, errors_as_json
@@ -40,6 +40,7 @@ def make_app(config: ServerConfig) -> web.Application:
             *session_routes.ROUTES,
             web.get("/v1/experts", list_experts),
             web.get("/v1/tools", list_tools),
+            web.get("/v1/openapi.json", describe_api),
             web.get("/healthz", report_health),
             web.get("/readyz", report_readiness),
             web.get("/metrics", report_metrics),
@@ -103,6 +104,10 @@ async def list_tools(request: web.Request) -> web.Response:
             return web.Response(text=hermes_text(specs))
         case other:
             raise BadRequest(f"format: got {other[:40]!r}, allowed: openai, hermes")
+
+
+async def describe_api(request: web.Request) -> web.Response:
+    return reply(openapi.document())
 
 
 async def report_health(request: web.Request) -> web.Response:

@@ -65,7 +65,8 @@ def authorisation(token: str, capabilities: Capabilities) -> Any:
             return await handler(request)
         holder = capabilities.holder(given.decode("latin-1").removeprefix("Bearer "))
         if holder is None and token:
-            raise web.HTTPUnauthorized(reason=f"wrong or missing bearer token (set {TOKEN_VARIABLE})")
+            reason = f"wrong or missing bearer token (set {TOKEN_VARIABLE})"
+            raise web.HTTPUnauthorized(reason=reason, headers={"WWW-Authenticate": "Bearer"})
         if holder is not None:
             request[HOLDER] = holder
         return await handler(request)

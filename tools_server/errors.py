@@ -64,7 +64,8 @@ async def errors_as_json(
         return web.json_response({"error": line}, status=error.status)
     except web.HTTPException as error:
         line = f"{error.reason}: {request.method} {request.path}"
-        return web.json_response({"error": line}, status=error.status)
+        kept = {name: error.headers[name] for name in ("Allow", "WWW-Authenticate") if name in error.headers}
+        return web.json_response({"error": line}, status=error.status, headers=kept)
     except Exception as error:
         log.exception("%s %s failed", request.method, request.path)
         return web.json_response({"error": name_and_line(error)}, status=500)

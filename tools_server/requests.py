@@ -41,6 +41,14 @@ FIELDS: dict[type, dict[str, Kind]] = {
 }
 
 
+INTEGERS = {kind: {n for n, field in fields.items() if field.type is int} for kind, fields in FIELDS.items()}
+
+
+def to_integer(value: Any) -> Any:
+    """2 of 2.0, which JSON does not tell apart; anything else as it is."""
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
 async def read_object(request: web.Request, *allowed: str) -> dict[str, Any]:
     """The request's JSON object, which has no other keys. An empty body is {}."""
     body = await request.read()
@@ -74,6 +82,8 @@ def to_record(item: Any, where: str, kind: type[T]) -> T:
     if not isinstance(item, dict):
         raise BadRequest(f"{where}: expected an object, got {type(item).__name__}")
     fields = FIELDS[kind]
+    for name in INTEGERS[kind] & item.keys():
+        item = item | {name: to_integer(item[name])}
     try:
         record = kind(**item)
     except TypeError:

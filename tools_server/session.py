@@ -16,7 +16,7 @@ from tools_server.arguments import Check, compile_checks
 from tools_server.config import ServerConfig
 from tools_server.deadlines import Deadlines
 from tools_server.environment import Branching, Environment, Observation
-from tools_server.errors import BadRequest, Conflict, log, name_and_line, one_line
+from tools_server.errors import Conflict, log, name_and_line, one_line
 from tools_server.ledger import Ledger
 from tools_server.wire import Call, CallResult, OpenSession, SessionOpened, SessionRecord
 
@@ -75,11 +75,11 @@ class Session:
         return not self._blocking and self._config.time_scale == 0 and not self._in_order.locked()
 
     def call(self, call: Call) -> Answer[CallResult]:
-        """Raises BadRequest where another call had this call_id."""
+        """Raises Conflict where another call had this call_id."""
         known = self._answers.get(call.call_id)
         if known is not None:
             if known[0] != call:
-                raise BadRequest(
+                raise Conflict(
                     f"session {call.session_id!r}: call_id {call.call_id!r} was used before with another "
                     "name or arguments; session ids must be unique per trajectory, call ids within a session"
                 )

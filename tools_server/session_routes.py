@@ -7,7 +7,7 @@ from aiohttp import web
 from tools_server.authorisation import allow_server_only, allow_session
 from tools_server.errors import BadRequest
 from tools_server.keys import SESSIONS, opened_json, reply, settle
-from tools_server.requests import read_items, read_object, to_record
+from tools_server.requests import read_items, read_object, to_integer, to_record
 from tools_server.wire import Call, CallResult, ForkSession, to_json
 
 
@@ -97,7 +97,7 @@ def _own_session(request: web.Request) -> str:
 
 
 def _integer(payload: dict[str, Any], key: str) -> int:
-    value = payload.get(key)
+    value = to_integer(payload.get(key))
     if not isinstance(value, int) or isinstance(value, bool):
         raise BadRequest(f"{key}: expected an integer")
     return value

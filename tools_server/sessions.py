@@ -88,7 +88,7 @@ class Sessions:
         return _then(session.opened, self._drop_refused)
 
     def call(self, call: Call) -> Answer[CallResult]:
-        """Raises BadRequest where another call of its session had this call_id."""
+        """Raises Conflict where another call of its session had this call_id."""
         session = self._sessions.get(call.session_id)
         if session is not None:
             return session.call(call)

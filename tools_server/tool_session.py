@@ -15,7 +15,7 @@ from pydantic import Field, ValidationError
 from tools_server.config import Section
 from tools_server.deadlines import Deadlines
 from tools_server.environment import Observation
-from tools_server.errors import UNBILLED, BadRequest, Conflict, log
+from tools_server.errors import UNBILLED, Conflict, log
 from tools_server.judge import Verifiers
 from tools_server.ledger import Ledger
 from tools_server.tool import CallContext, Price, billed_s
@@ -100,12 +100,12 @@ class ToolSession:
         return bool(self._pending) or judging
 
     def call(self, call: Call) -> asyncio.Future[CallResult]:
-        """Raises BadRequest where another call had this call_id."""
+        """Raises Conflict where another call had this call_id."""
         self.last_used_s = time.monotonic()
         known = self._answers.get(call.call_id)
         if known is not None:
             if known[0] != call:
-                raise BadRequest(
+                raise Conflict(
                     f"session {call.session_id!r}: call_id {call.call_id!r} was used before "
                     "with another name or arguments"
                 )

@@ -208,6 +208,16 @@ REQUESTS = st.one_of(
     st.tuples(st.just("/v1/finish"), st.fixed_dictionaries({"session_ids": st.lists(NAMES | JSON, max_size=3)})),
     st.tuples(st.sampled_from(["/v1/sessions", "/v1/calls", "/v1/finish", "/mcp"]), JSON),
     st.tuples(st.sampled_from(["/v1/sessions", "/v1/calls", "/v1/finish", "/mcp"]), st.binary(max_size=50)),
+    st.tuples(
+        st.sampled_from(["/v1/sessions/a/call", "/v1/sessions/null/call_batch", "/v1/sessions/%ED%A0%80/call"]),
+        st.fixed_dictionaries({"call_id": NAMES, "name": NAMES, "arguments": JSON}, optional={"deadline_s": JSON}),
+    ),
+    st.tuples(
+        st.sampled_from(["snapshot", "heartbeat", "restore", "fork", "finish"]).map(
+            lambda what: f"/v1/sessions/a/{what}"
+        ),
+        JSON | st.fixed_dictionaries({"num_calls": st.integers(-2, 3)}, optional={"new_session_id": NAMES}),
+    ),
 )
 
 

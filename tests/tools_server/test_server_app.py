@@ -193,7 +193,7 @@ def test_one_id_for_two_things_is_refused():
         await server.call(("a", "0", "search", {"model": "search-1"}))
         body = {"session_id": "a", "call_id": "0", "name": "answer", "arguments": {"model": "answer-1"}}
         status, answer = await server.request("POST", "/v1/calls", {"calls": [body]})
-        assert (status, "call_id '0' was used before" in answer["error"]) == (400, True)
+        assert (status, "call_id '0' was used before" in answer["error"]) == (409, True)
         await server.finish("a")
         [refused] = await server.open("a")
         assert refused["error"] == "session 'a' is finished; choose another session_id"
