@@ -42,6 +42,13 @@ class Deadlines:
         if limit is not None:
             limit.reschedule(asyncio.get_running_loop().time())
 
+    async def end(self, patience_s: float) -> None:
+        """Wait for all calls under way, and cut those that need longer than `patience_s`."""
+        if self._limits:
+            await asyncio.wait(list(self._limits), timeout=patience_s)
+        for call in list(self._limits):
+            self.cut(call)
+
     async def wait(self, calls: Sequence[asyncio.Future[Any]]) -> None:
         """Until all have their results. Cancelled when the client disconnects: then they may soon be cut."""
         self._waiting.update(calls)
