@@ -105,7 +105,7 @@ async def _drain(sessions: Sessions, drain_s: float) -> None:
 
 
 async def _end_calls(app: web.Application) -> None:
-    """No request comes any more. Calls under way may end by themselves for a while; the rest is answered `cancelled`."""
+    """No request comes any more. Calls may end by themselves for a while; the rest is answered `cancelled`."""
     await app[SESSIONS].deadlines.end(DRAIN_S)
 
 

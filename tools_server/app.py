@@ -23,14 +23,15 @@ from tools_server.wire import API_VERSION, Call, ForkSession, OpenSession, to_js
 
 def make_app(config: ServerConfig) -> web.Application:
     """The server's application. The bearer token is read from the environment, once, here."""
-    capabilities = Capabilities()
+    capabilities, sessions = Capabilities(), Sessions(config)
+    check_token = authorisation(os.environ.get(TOKEN_VARIABLE, ""), capabilities)
     app = web.Application(
-        middlewares=[errors_as_json, authorisation(os.environ.get(TOKEN_VARIABLE, ""), capabilities)],
+        middlewares=[*sessions.spans.middlewares, errors_as_json, check_token],
         client_max_size=config.max_request_bytes,
     )
     app[CONFIG] = config
     app[CAPABILITIES] = capabilities
-    app[SESSIONS] = Sessions(config)
+    app[SESSIONS] = sessions
     app.add_routes(
         [
             web.post("/v1/sessions", open_sessions),

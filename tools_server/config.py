@@ -170,6 +170,9 @@ class ServerConfig(Section):
     price_date: date | None = Field(None, description="prices in force on this day are charged; needed with `prices`")
     recording: RecordingConfig | None = Field(None, description="recordings of tool calls; None = none")
     traces: Path | None = Field(None, description="file to which every finished session is appended")
+    spans_url: str | None = Field(
+        None, description="OTLP/HTTP address of a trace collector, http://HOST:4318/v1/traces; needs the extra otel"
+    )
     drain_s: float = Field(0.0, ge=0, description="after SIGTERM, for which open sessions may go on")
     seed: int = Field(0, description="of the simulated experts' chance failures")
     time_scale: float = Field(0.0, ge=0, description="seconds slept per second of billed latency")

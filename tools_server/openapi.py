@@ -77,7 +77,8 @@ def _operations() -> list[Operation]:
     # The path names the session, so that a body must not.
     call = copy.deepcopy(_schemas()["Call"])
     fork = copy.deepcopy(_schemas()["ForkSession"])
-    for schema in (call, fork):
+    opening = copy.deepcopy(_schemas()["OpenSession"])
+    for schema in (call, fork, opening):
         del schema["properties"]["session_id"]
         schema["required"].remove("session_id")
     nothing, num_calls = _closed(), _closed(num_calls={"type": "integer", "minimum": -1})
@@ -100,6 +101,7 @@ def _operations() -> list[Operation]:
             _list("session_ids", {"type": "string"}),
             _answers("records", "SessionRecord"),
         ),
+        Operation("put", one, "Open the session.", opening, _ref("SessionOpened")),
         Operation("post", f"{one}/call", "Call a tool.", call, _ref("CallResult")),
         Operation(
             "post",

@@ -8,7 +8,7 @@ from tools_server.authorisation import allow_server_only, allow_session
 from tools_server.errors import BadRequest
 from tools_server.keys import SESSIONS, opened_json, reply, settle
 from tools_server.requests import read_items, read_object, to_integer, to_record
-from tools_server.wire import Call, CallResult, ForkSession, to_json
+from tools_server.wire import Call, CallResult, ForkSession, OpenSession, to_json
 
 
 async def answer_calls(request: web.Request, calls: list[Call]) -> list[CallResult]:
@@ -16,6 +16,16 @@ async def answer_calls(request: web.Request, calls: list[Call]) -> list[CallResu
     sessions = request.app[SESSIONS]
     sessions.admit_calls(len(calls))
     return await settle(request, [sessions.call(call) for call in calls])
+
+
+async def open_one(request: web.Request) -> web.Response:
+    allow_server_only(request)
+    wanted = await read_object(request, "environment", "setup", "seed")
+    session = to_record(wanted | {"session_id": request.match_info["id"]}, "session", OpenSession)
+    sessions = request.app[SESSIONS]
+    sessions.admit_sessions([session.session_id])
+    [opened] = await settle(request, [sessions.open(session)])
+    return reply(opened_json(request, opened))
 
 
 async def call_one(request: web.Request) -> web.Response:
@@ -78,6 +88,7 @@ async def delete_session(request: web.Request) -> web.Response:
 
 
 ROUTES = (
+    web.put("/v1/sessions/{id}", open_one),
     web.post("/v1/sessions/{id}/call", call_one),
     web.post("/v1/sessions/{id}/call_batch", call_batch),
     web.post("/v1/sessions/{id}/heartbeat", renew_lease),

@@ -19,6 +19,7 @@ from tools_server.errors import Busy, Conflict, UnknownSession, log, one_line
 from tools_server.judge import Verifiers
 from tools_server.metrics import Metrics
 from tools_server.session import Answer, Session
+from tools_server.spans import Spans
 from tools_server.tool_session import ToolSession
 from tools_server.toolbox import Toolbox
 from tools_server.trace import Trace, TraceFile
@@ -40,11 +41,12 @@ class Sessions:
     """All sessions of a server: at most `max_sessions` open ones, and as many records of finished ones."""
 
     def __init__(self, config: ServerConfig) -> None:
-        """Raises ValueError where the config names a price that is not to be had."""
+        """Raises ValueError where the config names a price that is not to be had, or a package is missing."""
         self._config = config
         self.metrics = Metrics(self.__len__)
         self.deadlines = Deadlines(config.abandon_s)
-        self.toolbox = Toolbox(config, self.metrics)
+        self.spans = Spans(config.spans_url)
+        self.toolbox = Toolbox(config, self.metrics, self.spans)
         self._traces = TraceFile(config.traces) if config.traces is not None else None
         self.draining = False
         self.verifiers = Verifiers(self.toolbox)
@@ -182,6 +184,7 @@ class Sessions:
     async def close(self) -> None:
         """Start no further blocking work, and end the tools."""
         await self.toolbox.close()
+        await self.spans.close()
         if self._traces is not None:
             self._traces.close()
         self._executor.shutdown(wait=False, cancel_futures=True)

@@ -15,6 +15,7 @@ one request per burst, not one per call:
 
 One session alone, under /v1/sessions/ID (percent-encoded), which a balancer can route by; items without session_id:
 
+    PUT  ...             OpenSession                      -> SessionOpened
     POST .../call        Call                             -> CallResult
     POST .../call_batch  {"calls": [Call, ...]}           -> {"results": [CallResult, ...]}
     POST .../heartbeat   {}                               -> Snapshot; the lease begins anew

@@ -111,6 +111,19 @@ def test_a_session_with_its_own_token():
     run(scenario)
 
 
+def test_a_session_opened_by_its_path():
+    async def scenario(client):
+        wanted = {"environment": "experts", "setup": SETUP, "seed": 3}
+        opened = [await client.request("PUT", "/v1/sessions/a", wanted) for _ in range(2)]
+        assert opened[0] == opened[1]
+        own = {"Authorization": f"Bearer {opened[0][1]['token']}"}
+        assert (await client.ok("a", "call", {"call_id": "0", **SEARCH}, own))["error"] is None
+        assert (await client.request("PUT", "/v1/sessions/b", wanted, own))[0] == 403
+        assert (await client.request("PUT", "/v1/sessions/b", wanted | {"session_id": "c"}))[0] == 400
+
+    run(scenario)
+
+
 def test_tokens():
     """401: no token of this server's; 403: another session's, or one that may not do this."""
 
