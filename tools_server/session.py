@@ -45,6 +45,8 @@ class Session:
         self._executor = executor
         self._deadlines = deadlines
         self._environment: Environment | None = None
+        self._branching: Branching | None = None
+        """The environment, where it is one that branches."""
         self._checks: Mapping[str, Check] = {}
         self._ledger = Ledger()
         self._answers: dict[str, tuple[Call, Answer[CallResult]]] = {}
@@ -68,7 +70,7 @@ class Session:
     @property
     def state(self) -> str:
         """A digest of the world, where the environment keeps one."""
-        return self._environment.state() if isinstance(self._environment, Branching) else ""
+        return "" if self._branching is None else self._branching.state()
 
     @property
     def _immediate(self) -> bool:
@@ -116,7 +118,7 @@ class Session:
             history = self.history()[:num_calls]
             self._answers, self._ledger, self._over, self._error = {}, Ledger(), False, None
             self._adopt(history)
-            self._environment = environment
+            self._set_environment(environment)
 
     def cancel(self) -> None:
         """End the calls under way."""
@@ -141,10 +143,14 @@ class Session:
             log.exception("session %s: its environment cannot be built", self.wanted.session_id)
             return SessionOpened(self.wanted.session_id, error=f"env_error: {name_and_line(error)}")
         self._blocking = kind.blocking
-        self._environment = environment
-        if origin is None and isinstance(environment, Branching):
-            self._start = environment.mark()
+        self._set_environment(environment)
+        if origin is None and self._branching is not None:
+            self._start = self._branching.mark()
         return SessionOpened(self.wanted.session_id, environment.tools, environment.messages)
+
+    def _set_environment(self, environment: Environment) -> None:
+        self._environment = environment
+        self._branching = environment if isinstance(environment, Branching) else None
 
     def _world_after(self, num_calls: int) -> Environment:
         """A world of its own, as it was after the first `num_calls` calls: branched off, or played again.
@@ -154,9 +160,9 @@ class Session:
         history = self.history()[:num_calls]
         if self._error is not None:
             raise Conflict("its environment has failed")
-        if isinstance(self._environment, Branching):
+        if self._branching is not None:
             marks = [self._marks[call.call_id] for call, _ in history if call.call_id in self._marks]
-            return self._environment.branch(marks[-1] if marks else self._start)
+            return self._branching.branch(marks[-1] if marks else self._start)
         kind = registry.environment_class(self.wanted.environment)
         environment = kind(self.wanted.setup, self.wanted.seed, self._config)
         for call, result in history:
@@ -207,8 +213,8 @@ class Session:
         self._over = self._over or observation.ended
         if observation.error in ("env_error", "infra_error"):
             self._error = observation.error
-        if observation.error != "cancelled" and isinstance(self._environment, Branching):
-            self._marks[call.call_id] = self._environment.mark()
+        if self._branching is not None and observation.error != "cancelled":
+            self._marks[call.call_id] = self._branching.mark()
         return CallResult(call.session_id, call.call_id, *observation)
 
     def _judge(self) -> SessionRecord:

@@ -235,13 +235,14 @@ class ToolSession:
 
     def _spent(self) -> str | None:
         """Which budget is used up. Calls count when they start, so that parallel ones cannot pass together."""
-        budget = self._setup.budget
-        for name, most, used in (
-            ("calls", budget.calls, self._num_calls),
-            ("usd", budget.usd, self._ledger.cost_usd),
-            ("seconds", budget.seconds, self._ledger.latency_s),
-        ):
-            if most is not None and used >= most:
+        budget, bill = self._setup.budget, self._ledger
+        used: dict[str, Callable[[], float]] = {  # the bill is added up where it is asked for only: that takes time
+            "calls": lambda: self._num_calls,
+            "usd": lambda: bill.cost_usd,
+            "seconds": lambda: bill.latency_s,
+        }
+        for name, most in (("calls", budget.calls), ("usd", budget.usd), ("seconds", budget.seconds)):
+            if most is not None and used[name]() >= most:
                 return f"the budget of {most:g} {name} is spent: answer now"
         return None
 
