@@ -76,7 +76,7 @@ async def play_domain(domain: str, variant: str, url: str | None = None) -> dict
 
 def write_names(domain: str) -> set[str]:
     """The agent's tools that change the database."""
-    toolkit = tau2.load_domain(domain).fresh_environment().tools
+    toolkit = tau2.World(tau2.load_domain(domain)).environment.tools
     return {name for name in toolkit.get_tools() if toolkit.tool_type(name).value == "write"}
 
 

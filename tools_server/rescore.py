@@ -38,7 +38,9 @@ def main(argv: list[str]) -> int:
 async def rescore(path: Path, config: ServerConfig) -> tuple[int, list[str]]:
     """How many records are the same, and a line for each other one. Raises ValueError where the file is no traces."""
     num_equal, different = 0, []
-    sessions = Sessions(config.model_copy(update={"time_scale": 0.0, "traces": None, "recording": None, "tools": {}}))
+    sessions = Sessions(
+        config.model_copy(update={"time_scale": 0.0, "traces": None, "recording": None, "spans_url": None, "tools": {}})
+    )
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
     except OSError as error:

@@ -15,6 +15,7 @@ of these domains has it in its basis.
 """
 
 import contextlib
+import copy
 import functools
 import importlib
 import itertools
@@ -23,13 +24,14 @@ import os
 import threading
 import warnings
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from tools_server.environment import Observation
+from tools_server.envs.overlay import Base, Overlay
 
 DOMAINS = ("airline", "retail", "telecom", "mock")
-COPY_ON_WRITE = ("airline", "retail")
-"""Domains whose databases are tables of rows, reached by key only, and big enough for a copy to cost."""
+OVERLAID = ("airline", "retail")
+"""Domains whose databases are tables of rows, changed only after a fetch by key, and big enough for a copy to cost."""
 USERS = ("silent", "gold")
 MAX_EXPRESSION_CHARACTERS = 200
 OPENING = (
@@ -42,37 +44,16 @@ USER_STOP = "###STOP###"
 _load_lock = threading.Lock()
 
 
-class _Rows(dict):
-    """A table of the session: rows are shared with the pristine one until fetched by key, then copied.
-
-    tau2's tools change only rows that they fetched by key; they iterate over a table only to read.
-    """
-
-    def __init__(self, pristine: dict[str, Any]) -> None:
-        super().__init__(pristine)
-        self.pristine = pristine
-
-    def __getitem__(self, key: str) -> Any:
-        row = super().__getitem__(key)
-        if row is self.pristine.get(key):
-            row = self[key] = row.model_copy(deep=True)
-        return row
-
-    def changes(self) -> dict[str, str | None]:
-        """Rows that differ from the pristine ones, as JSON (None = deleted), as tau2's hash sees them."""
-        found: dict[str, str | None] = {key: None for key in self.pristine.keys() - self.keys()}
-        for key, row in self.items():
-            before = self.pristine.get(key)
-            if row is not before and (before is None or _to_json(row) != _to_json(before)):
-                found[key] = _to_json(row)
-        return found
+def _copy(row: Any) -> Any:
+    return row.model_copy(deep=True)
 
 
 def _to_json(row: Any) -> str:
+    """As tau2's own hash sees it."""
     return json.dumps(row.model_dump(), sort_keys=True, default=str)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Domain:
     """What sessions of one domain share. `module` is tau2's; `database` is its pristine pydantic model."""
 
@@ -86,7 +67,10 @@ class Domain:
     policy: str
     tools: list[dict[str, Any]]
     """OpenAI function schemas."""
+    base: Base | None
+    """The database's tables, where sessions are overlays of them."""
 
+    @functools.lru_cache(maxsize=256)  # noqa: B019 - a domain lives as long as the process
     def messages(self, task_id: str) -> list[dict[str, Any]]:
         """The chat with which a session starts: policy, user's opening, and what the task says was said before."""
         task = self.tasks[task_id]
@@ -94,19 +78,10 @@ class Domain:
         start = [{"role": "system", "content": self.policy}, {"role": "user", "content": opening}]
         return start + [_to_openai(message) for message in _history(task)]
 
-    def fresh_environment(self, task: Any = None) -> Any:
-        """A tau2 `Environment` on databases of its own, in the initial state of `task`."""
-        if self.name in COPY_ON_WRITE:
-            tables = {name: _Rows(rows) for name, rows in self.database}
-            environment = self.module.get_environment(db=type(self.database).model_construct(**tables))
-        else:
-            databases = {"db": self.database.model_copy(deep=True)}
-            if self.user_database is not None:
-                databases["user_db"] = self.user_database.model_copy(deep=True)
-            environment = self.module.get_environment(**databases)
-        state = task.initial_state if task is not None else None
-        if state is not None:
-            environment.set_state(state.initialization_data, state.initialization_actions, _history(task))
+    def environment(self, databases: dict[str, Any]) -> Any:
+        """A tau2 `Environment` on `databases`."""
+        environment = self.module.get_environment(**databases)
+        environment.policy = self.policy  # one text for all sessions
         return environment
 
 
@@ -134,6 +109,7 @@ def _load_domain(name: str) -> Domain:
         tasks={task.id: task for task in module.get_tasks()},
         policy=environment.policy,
         tools=[tool.openai_schema for tool in environment.get_tools()],
+        base=Base(dict(environment.tools.db), _copy, _to_json) if name in OVERLAID else None,
     )
 
 
@@ -175,26 +151,53 @@ def _to_openai(message: Any) -> dict[str, Any]:
     return {"role": message.role, "content": message.content} | answered | ({"tool_calls": calls} if calls else {})
 
 
-def _changes(domain: Domain, environment: Any) -> Any:
-    """What two sessions have in common iff tau2's hashes of their databases are the same."""
-    if domain.name in COPY_ON_WRITE:
-        return {name: rows.changes() for name, rows in environment.tools.db}
-    return environment.get_db_hash(), environment.get_user_db_hash()
+class World:
+    """One session's databases, with tau2's tools on them."""
+
+    def __init__(self, domain: Domain, task: Any = None, overlay: Overlay | None = None) -> None:
+        """In the initial state of `task`, or as `overlay` has it."""
+        self.overlay = overlay
+        if domain.base is not None:
+            self.overlay = overlay or Overlay(domain.base)
+            databases = {"db": type(domain.database).model_construct(**self.overlay.tables)}
+        else:
+            databases = {"db": _copy(domain.database)}
+            if domain.user_database is not None:
+                databases["user_db"] = _copy(domain.user_database)
+        self.environment = domain.environment(databases)
+        state = task.initial_state if task is not None and overlay is None else None
+        if state is not None:
+            self.environment.set_state(state.initialization_data, state.initialization_actions, _history(task))
+
+    def respond(self, call: Any) -> Any:
+        """tau2's answer to its ToolCall."""
+        response = self.environment.get_response(call)
+        if self.overlay is not None:
+            self.overlay.commit()
+        return response
+
+    def hash(self) -> str:
+        """Equal for two worlds of one domain iff tau2's own hashes are."""
+        if self.overlay is not None:
+            return f"{self.overlay.hash():064x}"
+        return f"{self.environment.get_db_hash()}/{self.environment.get_user_db_hash()}"
 
 
 @functools.cache
-def _gold_changes(domain_name: str, task_id: str) -> Any:
-    """What the task's gold calls change. A gold call may fail: tau2 skips it, and so does its evaluator.
+def _gold_hash(domain_name: str, task_id: str) -> str:
+    """Of the world that the task's gold calls leave. One may fail: tau2 skips it, and so does its evaluator.
 
     Like tau2's evaluator, nothing carries changes over from one database to the other between the calls.
     """
     domain = load_domain(domain_name)
     task = domain.tasks[task_id]
-    environment = domain.fresh_environment(task)
+    world = World(domain, task)
     for action in task.evaluation_criteria.actions or []:
         with contextlib.suppress(Exception):
-            environment.make_tool_call(action.name, requestor=action.requestor, **action.arguments)
-    return _changes(domain, environment)
+            world.environment.make_tool_call(action.name, requestor=action.requestor, **action.arguments)
+    if world.overlay is not None:
+        world.overlay.commit()
+    return world.hash()
 
 
 def _user_runs(actions: list[Any]) -> list[list[Any]]:
@@ -218,6 +221,17 @@ def _printable(text: str) -> str:
     return text.encode("utf-8", "replace").decode("utf-8")
 
 
+class Mark(NamedTuple):
+    """Where a session stands: lengths of its logs."""
+
+    inputs: int
+    calls: int
+    messages: int
+    runs: int
+    told: bool
+    changes: int
+
+
 class Tau2Environment:
     """One task of tau2. setup = {"domain": "airline", "task_id": "0", "user": "silent"}.
 
@@ -233,25 +247,33 @@ class Tau2Environment:
         user = setup.get("user", "silent")
         if user not in USERS:
             raise ValueError(f"tau2 user {user!r} is unknown; allowed: {', '.join(USERS)}")
-        self._domain_name, self._task_id = setup["domain"], setup["task_id"]
-        self._domain = domain = load_domain(self._domain_name)
-        if self._task_id not in domain.tasks:
+        self._domain = domain = load_domain(setup["domain"])
+        task_id = setup["task_id"]
+        if task_id not in domain.tasks:
             raise ValueError(
-                f"tau2 domain {self._domain_name!r} has no task {self._task_id!r}; it has "
+                f"tau2 domain {domain.name!r} has no task {task_id!r}; it has "
                 f"{len(domain.tasks)}: {', '.join(list(domain.tasks)[:3])}, ..."
             )
-        self._task = domain.tasks[self._task_id]
-        self._environment = domain.fresh_environment(self._task)
-        self._runs = _user_runs(self._task.evaluation_criteria.actions or []) if user == "gold" else []
+        self._task = domain.tasks[task_id]
+        self._all_runs = _user_runs(self._task.evaluation_criteria.actions or []) if user == "gold" else []
+        self.tools = domain.tools
+        self.messages = domain.messages(task_id)
+        self._start()
+
+    def _start(self) -> None:
+        """Where every session of the task begins."""
+        self._world = World(self._domain, self._task)
+        self._runs = list(self._all_runs)
         self._calls = [call for message in _history(self._task) for call in getattr(message, "tool_calls", None) or []]
         """Of agent and user."""
+        self._inputs: list[tuple[str, dict[str, Any]]] = []
+        """All that was asked of this session."""
         self._messages: list[str] = []
         self._told = False
-        self.tools = domain.tools
-        self.messages = domain.messages(self._task_id)
 
     def call(self, name: str, arguments: dict[str, Any]) -> Observation:
         """Run a tool, or (name="") tell the user `content`. Failures are observations."""
+        self._inputs.append((name, arguments))
         if name == "":
             return self._tell_user(_printable(str(arguments.get("content", ""))))
         refusal = _refusal(name, arguments)
@@ -275,7 +297,30 @@ class Tau2Environment:
 
         call = ToolCall(name=name, arguments=arguments, requestor=requestor)
         self._calls.append(call)
-        return self._environment.get_response(call)
+        return self._world.respond(call)
+
+    def mark(self) -> Mark:
+        changes = self._world.overlay.commit() if self._world.overlay is not None else 0
+        inputs, calls, messages = len(self._inputs), len(self._calls), len(self._messages)
+        return Mark(inputs, calls, messages, len(self._runs), self._told, changes)
+
+    def branch(self, mark: Mark) -> "Tau2Environment":
+        """An overlay branches; in domains that have none, the calls are played again on a copy."""
+        branched = copy.copy(self)
+        overlay = self._world.overlay
+        if overlay is not None:
+            branched._world = World(self._domain, self._task, overlay.branch(mark.changes))
+            branched._inputs, branched._calls = self._inputs[: mark.inputs], self._calls[: mark.calls]
+            branched._messages, branched._told = self._messages[: mark.messages], mark.told
+            branched._runs = self._all_runs[len(self._all_runs) - mark.runs :]
+            return branched
+        branched._start()
+        for name, arguments in self._inputs[: mark.inputs]:
+            branched.call(name, arguments)
+        return branched
+
+    def state(self) -> str:
+        return self._world.hash()
 
     def outcome(self) -> float:
         """1 where every part of the reward basis is met; 0 unless a message to the user ended the session."""
@@ -291,13 +336,13 @@ class Tau2Environment:
         return float(all(met[kind.value]() for kind in self._task.evaluation_criteria.reward_basis))
 
     def _has_gold_database(self) -> bool:
-        return _changes(self._domain, self._environment) == _gold_changes(self._domain_name, self._task_id)
+        return self._world.hash() == _gold_hash(self._domain.name, self._task.id)
 
     def _meets_assertions(self) -> bool:
         """An assertion about something that is not there fails."""
         try:
             return all(
-                self._environment.run_env_assertion(assertion, raise_assertion_error=False)
+                self._world.environment.run_env_assertion(assertion, raise_assertion_error=False)
                 for assertion in self._task.evaluation_criteria.env_assertions or []
             )
         except ValueError:
