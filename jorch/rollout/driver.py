@@ -120,6 +120,7 @@ class Driver:
                     return await self._attempt(task, trajectory_id, session_id, seed, temperature)
                 except SessionLost:
                     self.sampler.release(trajectory_id)
+                    await self.tools.finish(session_id)  # the server counts the failure, and keeps no place for it
             return Trajectory(task.task_id, trajectory_id, (), "infra_error", 0.0, 0, 0.0, 0.0, {})
         finally:
             self.sampler.release(trajectory_id)

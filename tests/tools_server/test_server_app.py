@@ -415,6 +415,23 @@ def test_an_environment_that_fails_ends_its_own_session_only(toy):
     assert [(record["outcome"], record["error"]) for record in records] == [(0.0, "env_error"), (1.0, None)]
 
 
+def test_a_call_that_hangs_ends_its_own_session_without_a_verdict(toy):
+    async def scenario(server):
+        await server.open("a", "b", "c", environment="toy")
+        results = await server.call(("a", "0", "meet", {}), ("a", "1", "say", {"text": "a"}))  # it would wait for ever
+        other = await server.call(("b", "0", "say", {"text": "a"}))
+        [forked] = (await server.post("/v1/forks", {"forks": [{"session_id": "a", "new_session_id": "f"}]}))["sessions"]
+        records = await server.finish("a", "b")
+        await server.call(("c", "0", "meet", {}))  # lets the thread go
+        return results, other, forked, records
+
+    results, [other], forked, records = run(scenario, environment_timeout_s=0.2)
+    assert [result["error"] for result in results] == ["infra_error", "cancelled"]
+    assert other["error"] is None
+    assert forked["error"] == "its environment has failed"
+    assert [(record["outcome"], record["error"]) for record in records] == [(0.0, "infra_error"), (1.0, None)]
+
+
 def test_an_environment_is_imported_at_its_first_session(toy):
     async def scenario(server):
         before = "toy_environment_module" in sys.modules
