@@ -12,6 +12,7 @@ from aiohttp import web
 from tools_server import registry
 from tools_server.app import make_app
 from tools_server.config import ServerConfig
+from tools_server.rescore import rescore
 from tools_server.sessions import Sessions
 from tools_server.wire import API_VERSION, MAX_ITEMS, Call, OpenSession, SessionRecord
 
@@ -415,7 +416,7 @@ def test_an_environment_that_fails_ends_its_own_session_only(toy):
     assert [(record["outcome"], record["error"]) for record in records] == [(0.0, "env_error"), (1.0, None)]
 
 
-def test_a_call_that_hangs_ends_its_own_session_without_a_verdict(toy):
+def test_a_call_that_hangs_ends_its_own_session_without_a_verdict(toy, tmp_path):
     async def scenario(server):
         await server.open("a", "b", "c", environment="toy")
         results = await server.call(("a", "0", "meet", {}), ("a", "1", "say", {"text": "a"}))  # it would wait for ever
@@ -425,11 +426,13 @@ def test_a_call_that_hangs_ends_its_own_session_without_a_verdict(toy):
         await server.call(("c", "0", "meet", {}))  # lets the thread go
         return results, other, forked, records
 
-    results, [other], forked, records = run(scenario, environment_timeout_s=0.2)
+    traces = tmp_path / "traces.jsonl"
+    results, [other], forked, records = run(scenario, environment_timeout_s=0.2, traces=str(traces))
     assert [result["error"] for result in results] == ["infra_error", "cancelled"]
     assert other["error"] is None
     assert forked["error"] == "its environment has failed"
     assert [(record["outcome"], record["error"]) for record in records] == [(0.0, "infra_error"), (1.0, None)]
+    assert asyncio.run(rescore(traces, ServerConfig.model_validate({}))) == (2, [])
 
 
 def test_an_environment_is_imported_at_its_first_session(toy):

@@ -12,6 +12,7 @@ from fake_endpoint import completion, endpoint
 
 from tools_server.app import make_app
 from tools_server.config import ServerConfig
+from tools_server.rescore import rescore
 
 EXPERT = {
     "kind": "simulated",
@@ -233,8 +234,8 @@ def test_a_deadline_ends_the_work_and_charges_nothing():
     run_with_endpoint(scenario, "hang", completion("hello"))
 
 
-def test_a_deadline_passes_in_the_queue_of_an_environment():
-    """Latency that is slept: the second call would have to wait 0.2 s for its turn."""
+def test_a_deadline_passes_in_the_queue_of_an_environment(tmp_path):
+    """Latency that is slept: the second call would have to wait 0.2 s for its turn. The record comes out again."""
 
     async def scenario(client):
         await client.open("a")
@@ -244,7 +245,10 @@ def test_a_deadline_passes_in_the_queue_of_an_environment():
         assert (await client.ok("a", "call", {"call_id": "2", **ANSWER}))["content"] == "answered"
         assert (await client.ok("a", "finish"))["outcome"] == 1.0
 
-    run(scenario, time_scale=2.0)
+    options = {"time_scale": 2.0, "traces": str(tmp_path / "traces.jsonl")}
+    run(scenario, **options)
+    config = ServerConfig.model_validate({"experts": {"e": EXPERT}, **options})
+    assert asyncio.run(rescore(tmp_path / "traces.jsonl", config)) == (1, [])
 
 
 def test_a_client_that_goes_away_frees_its_work():
@@ -279,6 +283,33 @@ def test_a_client_that_comes_back_in_time_finds_its_work():
         return completion("hello")
 
     run_with_endpoint(scenario, slow, abandon_s=0.2)
+
+
+@pytest.mark.parametrize("both_give_up", [False, True])
+def test_recorded_work_ends_when_nobody_waits_for_it(tmp_path, both_give_up):
+    """Two sessions make one call, carried out once; where both give up it is ended, where one stays it is recorded."""
+
+    async def scenario(client, fake):
+        deadlines = {"a": 0.2, "b": 0.2 if both_give_up else 20, "c": 20}
+        for name in deadlines:
+            await client.open(name, "tools", {})
+        call = {"call_id": "0", "name": "expert", "arguments": {"prompt": "hi"}}
+        waiting = [
+            asyncio.create_task(client.ok(name, "call", call | {"deadline_s": deadlines[name]})) for name in "ab"
+        ]
+        results = [await answer for answer in waiting]
+        await until(lambda: fake.at_once == 0)
+        expected = "cancelled" if both_give_up else None
+        assert [result["error"] for result in results] == ["cancelled", expected]
+        assert (await client.ok("c", "call", call))["content"] == "hello"
+        assert len(fake.requests) == (2 if both_give_up else 1)
+
+    async def slow(request):
+        await asyncio.sleep(0.5)
+        return completion("hello")
+
+    recording = {"path": str(tmp_path / "calls.sqlite"), "mode": "replay"}
+    run_with_endpoint(scenario, slow, recording=recording)
 
 
 def test_deleting_a_session_ends_its_calls():
