@@ -44,6 +44,7 @@ class Metrics:
         calls = Gauge("tools_calls_under_way", "Calls that are waiting or at work", registry=registry)
         calls.set_function(num_calls)
         self._refused = Counter("tools_refused", "Requests refused with 429, by cap", ["cap"], registry=registry)
+        self._times: dict[str, tuple[Histogram, Histogram]] = {}
         self._children: dict[tuple[str, str | None], Counter] = {}
 
     def count_call(self, environment: str, error: str | None) -> None:
@@ -60,8 +61,11 @@ class Metrics:
         self._refused.labels(cap).inc()
 
     def observe_tool(self, tool: str, work_s: float, wait_s: float) -> None:
-        self._work_s.labels(tool).observe(work_s)
-        self._wait_s.labels(tool).observe(wait_s)
+        times = self._times.get(tool)
+        if times is None:
+            times = self._times[tool] = (self._work_s.labels(tool), self._wait_s.labels(tool))
+        times[0].observe(work_s)
+        times[1].observe(wait_s)
 
     def render(self) -> bytes:
         """Prometheus' text format."""
