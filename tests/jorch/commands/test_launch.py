@@ -58,6 +58,7 @@ def test_two_processes_end_bit_by_bit_like_one(jorch: Any) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(600)
 def test_rollouts_of_two_processes_train_like_those_of_one(jorch: Any) -> None:
     """Each plays half of the tasks through a server of its own; all trajectories end in one batch.
 
