@@ -22,7 +22,7 @@ ABOUT = {
     "import": "read Hugging Face safetensors into a checkpoint",
     "export": "write a run's model as Hugging Face safetensors with its tokenizer",
     "plan": "bytes, FLOPs and fit of an sft or rl config on accelerators, before they are rented",
-    "launch": "run `jorch sft` in several processes: on this machine, under Slurm, or on Kubernetes",
+    "launch": "run `jorch sft` or `jorch rl` in several processes: on this machine, under Slurm, or on Kubernetes",
     "verify": "compare a checkpoint's logits with those of Hugging Face transformers",
     "tools-server": "serve tools, experts and environments over HTTP",
     "serve": "serve an exported model with vLLM, checked against the trainer's own numbers",
@@ -51,8 +51,9 @@ def parse(argv: list[str]) -> tuple[str, Any, argparse.Namespace]:
     options = _config_parser(command, model).parse_intermixed_args(rest)
     path, overrides = _positionals(command, options)
     options.config = path
-    if command == "plan" and "tools_server" in config_io.read_mapping(path):
+    if command in ("plan", "launch") and "tools_server" in config_io.read_mapping(path):
         model = config.RlConfig
+    options.stage = "rl" if model is config.RlConfig else "sft"
     return command, config_io.load(path, model, overrides), options
 
 
@@ -183,7 +184,7 @@ def _config_parser(command: str, model: type[BaseModel]) -> argparse.ArgumentPar
         start.add_argument("--fresh", action="store_true", help="remove the run in the run folder first")
     if command in RESUMABLE:
         start.add_argument("--resume", action="store_true", help="go on from the last checkpoint")
-    if command == "sft":
+    if command in ("sft", "rl"):
         place = "which of several processes this is: RANK/COUNT@HOST:PORT, or auto (`jorch launch` sets it)"
         parser.add_argument("--process", metavar="PLACE", help=place)
     if command == "launch":

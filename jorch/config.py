@@ -214,7 +214,10 @@ class AlgorithmConfig(Section):
 class ServerSection(Section):
     """Where the tool server is: an address, or a config from which this run starts its own."""
 
-    url: str | None = Field(default=None, description="of a running server, e.g. http://127.0.0.1:8900")
+    url: str | None = Field(
+        default=None,
+        description="of a running server, e.g. http://127.0.0.1:8900; {process} stands for each process's number",
+    )
     config: str | None = Field(default=None, description="YAML for a server of this run's own, on a free port")
     token: None = Field(default=None, description="never here: set JORCH_TOOLS_TOKEN")
 

@@ -16,7 +16,18 @@ PACKAGES = ("jorch", "kernels", "tools_server")
 RANKS = {
     **dict.fromkeys(("types", "config"), 0),
     **dict.fromkeys(
-        ("config_help", "config_io", "run_folder", "metrics", "sharding", "versions", "processes", "flops", "stopping"),
+        (
+            "config_help",
+            "config_io",
+            "run_folder",
+            "metrics",
+            "sharding",
+            "versions",
+            "processes",
+            "flops",
+            "memory",
+            "stopping",
+        ),
         1,
     ),
     **dict.fromkeys(("model", "data", "checkpoint"), 2),
