@@ -69,7 +69,7 @@ class Transformer(nnx.Module):
     ) -> jax.Array:
         """Final hidden states [B, T, D] of packed rows; `mask` as in `kernels.attention.mask`.
 
-        On a `mesh` with a context axis devices share the rows. Raises ValueError where these do not split.
+        On a `mesh` with a context axis devices share the rows, whose length must split (`config.CONTEXT_TOKENS`).
         """
         rows = self.packed_rows(mask_BT, self.config.head_dim, mesh)
         x_BTD, rope = self.start(rows.spread(token_ids_BT), rows.spread(positions_BT))
