@@ -109,8 +109,8 @@ def _plain_parser(command: str) -> argparse.ArgumentParser:
     else:
         what = (
             "loop: an RL step of the quickstart's model; kernels: attention and log-probabilities; "
-            "checkpoint: saving and restoring 1.2 GB in the working folder, with OCDBT and without; train: a train step "
-            "in the shape of Qwen3-8B (small on a CPU), beside the same with jax.nn.dot_product_attention"
+            "checkpoint: saving and restoring 1.2 GB in the working folder, with OCDBT and without; train: a train "
+            "step in the shape of Qwen3-8B (small on a CPU), beside the same with jax.nn.dot_product_attention"
         )
         parser.add_argument("what", choices=["loop", "kernels", "checkpoint", "train"], help=what)
         parser.add_argument("--json", type=Path, metavar="FILE", help="write the numbers there as well")

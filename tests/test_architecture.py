@@ -22,9 +22,7 @@ RANKS = {
     **dict.fromkeys(("model", "data", "checkpoint"), 2),
     **dict.fromkeys(("rollout", "train", "export", "serving"), 3),
     **dict.fromkeys(("rl", "synth", "evals"), 4),
-    **dict.fromkeys(
-        ("quickstart", "bench", "kernel_bench", "checkpoint_bench", "train_bench", "launch", "plan"), 5
-    ),
+    **dict.fromkeys(("quickstart", "bench", "kernel_bench", "checkpoint_bench", "train_bench", "launch", "plan"), 5),
     **dict.fromkeys(("cli", "arguments"), 6),
 }
 """A part of jorch may import parts of lower rank, and itself; parts of rank 1 and 6 also each other."""
