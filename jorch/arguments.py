@@ -7,7 +7,7 @@ import argparse
 import json
 import shutil
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, get_args
 
 from pydantic import BaseModel
 
@@ -110,17 +110,24 @@ def _plain_parser(command: str) -> argparse.ArgumentParser:
     else:
         what = (
             "loop: an RL step of the quickstart's model; kernels: attention and log-probabilities; "
-            "checkpoint: saving and restoring 1.2 GB in the working folder, with OCDBT and without"
+            "checkpoint: saving and restoring 1.2 GB in the working folder, with OCDBT and without; train: a train "
+            "step in the shape of Qwen3-8B (small on a CPU), beside the same with jax.nn.dot_product_attention"
         )
-        parser.add_argument("what", choices=["loop", "kernels", "checkpoint"], help=what)
+        parser.add_argument("what", choices=["loop", "kernels", "checkpoint", "train"], help=what)
         parser.add_argument("--json", type=Path, metavar="FILE", help="write the numbers there as well")
         parser.add_argument(
             "--tokens",
             type=_row_tokens,
             nargs="+",
             metavar="N",
-            help="kernels: lengths of attention's rows, in tokens; default 1024 2048 on a CPU, else 4096 to 131072",
+            help="lengths of rows, in tokens; default for kernels 1024 2048 on a CPU, else 4096 to 131072; for train "
+            "512 on a CPU, else 8192 32768",
         )
+        layers = "train: of the 36 (default: 2 on a CPU, else 4, and with --lora all)"
+        parser.add_argument("--layers", type=_positive, metavar="L", help=layers)
+        parser.add_argument("--lora", action="store_true", help="train: an adapter of rank 16 on frozen weights")
+        remat = "train: what the backward pass recomputes (default: full)"
+        parser.add_argument("--remat", choices=get_args(config.Remat), default="full", help=remat)
     return parser
 
 

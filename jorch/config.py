@@ -228,6 +228,19 @@ class ServerSection(Section):
         return self
 
 
+CONTEXT_TOKENS = 8
+"""A device's part of a row that devices share is a multiple of this."""
+
+
+def _check_rows(batch: BatchConfig, mesh: MeshConfig) -> None:
+    parts = CONTEXT_TOKENS * mesh.context
+    if mesh.context > 1 and batch.row_tokens % parts:
+        raise ValueError(
+            f"mesh.context={mesh.context} cannot split batch.row_tokens={batch.row_tokens}: it must be a multiple of "
+            f"{parts}, best of {256 * mesh.context}"
+        )
+
+
 def _check_lora(lora: LoraConfig | None, optimizer: OptimizerConfig) -> None:
     if lora is not None and optimizer.kind == "muon":
         raise ValueError("optimizer.kind=muon is for whole matrices; with lora, set optimizer.kind to adam")
@@ -287,6 +300,7 @@ class SftConfig(Section):
             raise ValueError("init_from is null, so a model section with the dimensions is needed")
         if self.init_from is None and self.lora is not None:
             raise ValueError("init_from is null; lora adapts trained weights, so set init_from to their folder")
+        _check_rows(self.batch, self.mesh)
         _check_lora(self.lora, self.optimizer)
         best = self.checkpoint.best_metric
         if best is not None and not best.startswith("train/"):
@@ -333,6 +347,7 @@ class RlConfig(Section):
             raise ValueError(
                 f"tasks_per_step={self.tasks_per_step} is not a multiple of num_minibatches={self.num_minibatches}"
             )
+        _check_rows(self.batch, self.mesh)
         _check_lora(self.lora, self.optimizer)
         _check_context(self.sampler, self.rollout)
         if self.sampler.max_context_tokens > self.batch.row_tokens:
