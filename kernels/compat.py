@@ -1,0 +1,38 @@
+"""What differs between jax's versions, or may: every name of its Pallas backends, and what a program is traced for."""
+
+from typing import Any, NamedTuple
+
+import jax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+TpuParams: Any = pltpu.CompilerParams
+PrefetchGrid: Any = pltpu.PrefetchScalarGridSpec
+VMEM: Any = pltpu.VMEM
+
+__all__ = ["VMEM", "PrefetchGrid", "Target", "TpuParams", "pl", "target"]
+
+
+class Target(NamedTuple):
+    """The device that a program is traced for."""
+
+    backend: str
+    """"cpu", "gpu" or "tpu"."""
+    kind: str
+    """As the device calls itself, "NVIDIA H100 80GB HBM3" or "TPU v5 lite"."""
+    split: bool
+    """XLA may spread what is traced over several devices, which it cannot do with a Pallas kernel."""
+
+
+def target() -> Target:
+    """What the mesh in context stands for, which may be a device that is not here; else the process's first device."""
+    mesh = jax.sharding.get_abstract_mesh()
+    device = mesh.abstract_device
+    if mesh.empty or device is None:
+        first = jax.devices()[0]
+        backend, kind = jax.default_backend(), first.device_kind
+    else:
+        backend, kind = device.platform, device.device_kind
+    num_devices = jax.device_count() if mesh.empty else mesh.size
+    whole = num_devices == 1 or (not mesh.empty and mesh.are_all_axes_manual)
+    return Target("gpu" if backend in ("cuda", "rocm") else backend, kind, not whole)

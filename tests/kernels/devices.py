@@ -1,0 +1,53 @@
+"""Tracing and compiling for a device that is not here."""
+
+import contextlib
+import os
+
+import jax
+import numpy as np
+from jax.experimental.pallas import tpu as pltpu
+from jax.sharding import AbstractDevice, AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
+
+
+@contextlib.contextmanager
+def interpreted(device: AbstractDevice, params=True):
+    """What is traced inside takes the paths of `device`, and Pallas interprets their kernels.
+
+    `params`: True runs a kernel as XLA would run its steps one by one; interpreter parameters simulate the device's
+    memories.
+    """
+    mesh = AbstractMesh((1,), ("all",), axis_types=(AxisType.Auto,), abstract_device=device)
+    with jax.sharding.use_abstract_mesh(mesh), pltpu.force_tpu_interpret_mode(params):
+        yield
+
+
+V5E = AbstractDevice("TPU v5 lite", 1, "tpu")
+
+
+def tpu_races():
+    """Whether the latest interpreted TPU kernel with race detection had one."""
+    from jax._src.pallas.mosaic.interpret import interpret_pallas_call
+
+    return interpret_pallas_call.races.races_found
+
+
+def compile_for(devices, function, *shapes):
+    """`function` compiled ahead of time for the first of `devices`, the shapes are (shape, dtype) pairs."""
+    mesh = Mesh(np.array(devices[:1]), ("all",), axis_types=(AxisType.Auto,))
+    place = NamedSharding(mesh, PartitionSpec())
+    with jax.set_mesh(mesh):
+        arguments = [jax.ShapeDtypeStruct(shape, dtype, sharding=place) for shape, dtype in shapes]
+        return jax.jit(function).trace(*arguments).lower().compile()
+
+
+def tpu_devices(topology):
+    """Those of a TPU that is not here, "v5e:2x2", by libtpu."""
+    from jax.experimental import topologies
+
+    for name, value in (
+        ("TPU_SKIP_MDS_QUERY", "1"),
+        ("TPU_WORKER_HOSTNAMES", "localhost"),
+        ("TPU_ACCELERATOR_TYPE", "v5litepod-16"),
+    ):
+        os.environ.setdefault(name, value)
+    return topologies.get_topology_desc(platform="tpu", topology_name=topology).devices

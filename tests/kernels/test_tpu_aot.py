@@ -1,0 +1,45 @@
+"""The TPU kernels compiled by libtpu for TPUs that are not here, at Qwen3-8B's heads."""
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from kernels.attention.api import attention
+from tests.kernels.devices import compile_for, tpu_devices
+
+pytestmark = pytest.mark.tpu_aot
+N, K = 32, 8
+
+
+def compile_gradient(topology, num_tokens, H=128, dtype="bfloat16", softcap=None):
+    """Forward and backward of packed rows under a mask known on device only."""
+
+    def loss(q, k, v, end):
+        o = attention(q, k, v, mask=end, scale=H**-0.5, softcap=softcap, implementation="pallas_tpu")
+        return jnp.sum(o.astype(jnp.float32))
+
+    heads = [((1, num_tokens, n, H), dtype) for n in (N, K, K)]
+    gradient = jax.value_and_grad(loss, (0, 1, 2))
+    return compile_for(tpu_devices(topology), gradient, *heads, ((1, num_tokens), "int32"))
+
+
+@pytest.mark.parametrize("topology", ["v5e:2x2", "v6e:2x2"])
+def test_all_three_kernels_compile(topology):
+    text = compile_gradient(topology, 8192).as_text()
+    for kernel in ("forward_kernel", "dq_kernel", "dkv_kernel"):
+        assert kernel in text
+
+
+@pytest.mark.parametrize(
+    ("H", "dtype", "softcap"),
+    [(64, "bfloat16", None), (256, "bfloat16", 30.0), (192, "float32", None)],
+)
+def test_head_dims_and_dtypes(H, dtype, softcap):
+    compile_gradient("v5e:2x2", 1000, H, dtype, softcap)
+
+
+def test_memory_is_linear_and_long_rows_fit():
+    """Four times the length takes four times the scratch, not sixteen times: 128k tokens in the memory of one v5e."""
+    short, long = (compile_gradient("v5e:2x2", n).memory_analysis().temp_size_in_bytes for n in (32768, 131072))
+    assert long < 4.4 * short
+    assert long < 16e9
