@@ -1,16 +1,32 @@
 """What differs between jax's versions, or may: every name of its Pallas backends, and what a program is traced for."""
 
+import inspect
 from typing import Any, NamedTuple
 
 import jax
+from jax._src import config
 from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
 from jax.experimental.pallas import tpu as pltpu
 
 TpuParams: Any = pltpu.CompilerParams
 PrefetchGrid: Any = pltpu.PrefetchScalarGridSpec
 VMEM: Any = pltpu.VMEM
 
-__all__ = ["VMEM", "PrefetchGrid", "Target", "TpuParams", "pl", "target"]
+_load: Any = plgpu.load
+_LOAD_INDEX = ((),) if "idx" in inspect.signature(plgpu.load).parameters else ()
+
+__all__ = ["VMEM", "PrefetchGrid", "Target", "TpuParams", "interpreted", "load", "pl", "plgpu", "target"]
+
+
+def load(ref: Any, layout: Any) -> jax.Array:
+    """The whole of a shared or global array into registers of that layout."""
+    return _load(ref, *_LOAD_INDEX, layout=layout, optimized=False)
+
+
+def interpreted() -> bool:
+    """Whether Pallas interprets what is traced now, `force_tpu_interpret_mode` and its GPU twin."""
+    return config.pallas_tpu_interpret_mode_context_manager.value is not None
 
 
 class Target(NamedTuple):

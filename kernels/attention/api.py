@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-from kernels.attention import cudnn, pallas_tpu, xla_chunked
+from kernels.attention import cudnn, pallas_mosaic_gpu, pallas_tpu, xla_chunked
 from kernels.attention.choice import Implementation, Request, choose, log_once
 from kernels.attention.reference import attention_with_lse, visible
 from kernels.attention.tiles import TiledMask, tile
@@ -20,7 +20,11 @@ computed again."""
 
 Mask = jax.Array | TiledMask | Literal["causal"]
 
-BY_TILES: dict[str, Any] = {"xla_chunked": xla_chunked, "pallas_tpu": pallas_tpu}
+BY_TILES: dict[str, Any] = {
+    "xla_chunked": xla_chunked,
+    "pallas_tpu": pallas_tpu,
+    "pallas_mosaic_gpu": pallas_mosaic_gpu,
+}
 """Paths with a `forward` and a `backward` over a TiledMask."""
 
 
@@ -73,7 +77,7 @@ def attention(
         window: a token sees at most this many tokens of its own path, itself included.
         implementation: "auto" takes the best path for the device and the request; `why` tells which. "reference" is
             dense, "xla_chunked" goes tile by tile in linear memory, "cudnn" serves plain causal rows on NVIDIA GPUs,
-            "pallas_tpu" goes tile by tile on TPUs.
+            "pallas_tpu" and "pallas_mosaic_gpu" go tile by tile on TPUs and on Hopper GPUs.
         return_lse: also return log(sum(exp(scores))); it is differentiable.
 
     Returns:

@@ -4,10 +4,10 @@ import functools
 import logging
 from typing import Literal, NamedTuple, get_args
 
-from kernels.attention import pallas_tpu
+from kernels.attention import pallas_mosaic_gpu, pallas_tpu
 from kernels.compat import Target
 
-Implementation = Literal["auto", "reference", "xla_chunked", "cudnn", "pallas_tpu"]
+Implementation = Literal["auto", "reference", "xla_chunked", "cudnn", "pallas_tpu", "pallas_mosaic_gpu"]
 
 SHORT_TOKENS = 256
 """Up to one tile there is nothing to skip, and dense scores are small."""
@@ -36,6 +36,8 @@ def refusal(implementation: Implementation, request: Request) -> str | None:
             return _cudnn_refusal(request)
         case "pallas_tpu":
             return _pallas_tpu_refusal(request)
+        case "pallas_mosaic_gpu":
+            return _pallas_mosaic_gpu_refusal(request)
     return None
 
 
@@ -72,6 +74,25 @@ def _pallas_tpu_refusal(request: Request) -> str | None:
     return None
 
 
+def _pallas_mosaic_gpu_refusal(request: Request) -> str | None:
+    if request.target.backend != "gpu" or not any(name in request.target.kind for name in _HOPPER):
+        return f"it needs a Hopper GPU, as H100 and H200 are, and the device is {request.target.kind}"
+    if request.target.split:
+        return _SPLIT
+    if request.window is not None:
+        return "it serves no window"
+    if request.dtype == "float32":
+        return "it serves bfloat16 and float16, and the inputs are float32"
+    if request.head_dim not in (64, 128):
+        return f"it serves head dims of 64 and 128, and H={request.head_dim}"
+    block = pallas_mosaic_gpu.BLOCK
+    if (request.block_q, request.block_k) != (block, block):
+        return f"its tiles are {block} x {block}, and the mask's are {request.block_q} x {request.block_k}"
+    return None
+
+
+_HOPPER = ("H100", "H200", "H20", "H800")
+
 _SPLIT = "XLA may split the program over several devices, and a Pallas kernel must not be: call it inside jax.shard_map"
 
 
@@ -101,7 +122,10 @@ def choose(implementation: Implementation, request: Request) -> tuple[Implementa
 
 
 _FAST: dict[str, list[tuple[Implementation, str]]] = {
-    "gpu": [("cudnn", "plain causal rows on an NVIDIA GPU")],
+    "gpu": [
+        ("cudnn", "plain causal rows on an NVIDIA GPU"),
+        ("pallas_mosaic_gpu", "it reads active tiles only, on a Hopper GPU"),
+    ],
     "tpu": [("pallas_tpu", "it visits active tiles only, on a TPU")],
     "cpu": [],
 }

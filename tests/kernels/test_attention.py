@@ -257,7 +257,7 @@ def request_for(**changes):
     """A long dense causal row in bfloat16 on a GPU, but for `changes`."""
     fields = {"num_tokens": 8192, "head_dim": 128, "dtype": "bfloat16", "causal": True, "window": None}
     fields |= {"softcap": None, "return_lse": False, "block_q": 128, "block_k": 128}
-    here = Target(changes.pop("backend", "gpu"), "a device", changes.pop("split", False))
+    here = Target(changes.pop("backend", "gpu"), changes.pop("kind", "NVIDIA A100"), changes.pop("split", False))
     return choice.Request(**(fields | {"target": here} | changes))
 
 
@@ -284,30 +284,44 @@ def test_auto_chooses_by_device_and_request(changes, path, reason):
             choice.choose("cudnn", request_for(**changes))
 
 
+TPU = {"backend": "tpu", "kind": "TPU v5 lite"}
+H100 = {"kind": "NVIDIA H100 80GB HBM3", "causal": False}
+
+
 @pytest.mark.parametrize(
     ("changes", "path", "reason"),
     [
-        ({}, "pallas_tpu", "it visits active tiles only"),
-        ({"causal": False, "softcap": 2.0, "return_lse": True, "dtype": "float32"}, "pallas_tpu", "on a TPU"),
-        ({"backend": "cpu"}, "xla_chunked", "it needs a TPU and the backend is cpu"),
-        ({"split": True}, "xla_chunked", "call it inside jax.shard_map"),
-        ({"window": 4}, "xla_chunked", "no window"),
-        ({"dtype": "float16"}, "xla_chunked", "the inputs are float16"),
-        ({"head_dim": 80}, "xla_chunked", "H=80"),
-        ({"block_k": 64}, "xla_chunked", "multiples of 128, and the mask's are 128 x 64"),
-        ({"num_tokens": 131072}, "xla_chunked", "the row has 524,800 tiles, and the list holds 131,072"),
+        (TPU, "pallas_tpu", "it visits active tiles only, on a TPU"),
+        (TPU | {"causal": False, "softcap": 2.0, "return_lse": True, "dtype": "float32"}, "pallas_tpu", "on a TPU"),
+        (TPU | {"split": True}, "xla_chunked", "call it inside jax.shard_map"),
+        (TPU | {"window": 4}, "xla_chunked", "no window"),
+        (TPU | {"dtype": "float16"}, "xla_chunked", "the inputs are float16"),
+        (TPU | {"head_dim": 80}, "xla_chunked", "H=80"),
+        (TPU | {"block_k": 64}, "xla_chunked", "multiples of 128, and the mask's are 128 x 64"),
+        (TPU | {"num_tokens": 131072}, "xla_chunked", "the row has 524,800 tiles, and the list holds 131,072"),
+        (H100, "pallas_mosaic_gpu", "it reads active tiles only, on a Hopper GPU"),
+        (H100 | {"softcap": 2.0, "return_lse": True, "dtype": "float16"}, "pallas_mosaic_gpu", "on a Hopper GPU"),
+        (H100 | {"causal": True}, "cudnn", "plain causal rows"),
+        (
+            H100 | {"kind": "NVIDIA A100"},
+            "xla_chunked",
+            "it needs a Hopper GPU, as H100 and H200 are, and the device is NVIDIA A100",
+        ),
+        (H100 | {"split": True}, "xla_chunked", "call it inside jax.shard_map"),
+        (H100 | {"window": 4}, "xla_chunked", "no window"),
+        (H100 | {"dtype": "float32"}, "xla_chunked", "the inputs are float32"),
+        (H100 | {"head_dim": 256}, "xla_chunked", "H=256"),
+        (H100 | {"block_k": 256}, "xla_chunked", "its tiles are 128 x 128, and the mask's are 128 x 256"),
     ],
 )
-def test_a_tpu_takes_the_kernel_where_it_serves(changes, path, reason):
-    request = request_for(**({"backend": "tpu"} | changes))
-    got, why_so = choice.choose("auto", request)
+def test_a_device_takes_its_kernel_where_it_serves(changes, path, reason):
+    got, why_so = choice.choose("auto", request_for(**changes))
     assert got == path
-    if path == "xla_chunked":
-        with pytest.raises(ValueError, match="implementation='pallas_tpu' cannot serve this: ") as refused:
-            choice.choose("pallas_tpu", request)
-        assert reason in str(refused.value)
-    else:
-        assert reason in why_so
+    assert reason in why_so
+    for kernel in ("pallas_tpu", "pallas_mosaic_gpu"):
+        if kernel != path:
+            with pytest.raises(ValueError, match=f"implementation='{kernel}' cannot serve this: "):
+                choice.choose(kernel, request_for(**({"kind": "another"} | changes | {"split": True})))
 
 
 def test_why_names_the_path_and_the_log_says_it_once(caplog):

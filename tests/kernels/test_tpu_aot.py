@@ -38,8 +38,9 @@ def test_head_dims_and_dtypes(H, dtype, softcap):
     compile_gradient("v5e:2x2", 1000, H, dtype, softcap)
 
 
-def test_memory_is_linear_and_long_rows_fit():
-    """Four times the length takes four times the scratch, not sixteen times: 128k tokens in the memory of one v5e."""
-    short, long = (compile_gradient("v5e:2x2", n).memory_analysis().temp_size_in_bytes for n in (32768, 131072))
-    assert long < 4.4 * short
-    assert long < 16e9
+def test_long_rows_fit():
+    """128k tokens in the memory of one v5e: scratch of a few copies of the queries, where one head's dense scores
+    would take 64."""
+    num_tokens = 131072
+    scratch = compile_gradient("v5e:2x2", num_tokens).memory_analysis().temp_size_in_bytes
+    assert scratch < 4 * (2 * num_tokens * N * 128)
