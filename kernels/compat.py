@@ -6,14 +6,14 @@ from typing import Any, NamedTuple
 import jax
 from jax._src import config
 from jax.experimental import pallas as pl
-from jax.experimental.pallas import mosaic_gpu as plgpu
+from jax.experimental.pallas import mosaic_gpu
 from jax.experimental.pallas import tpu as pltpu
 
+plgpu: Any = mosaic_gpu
 TpuParams: Any = pltpu.CompilerParams
 PrefetchGrid: Any = pltpu.PrefetchScalarGridSpec
 VMEM: Any = pltpu.VMEM
 
-_load: Any = plgpu.load
 _LOAD_INDEX = ((),) if "idx" in inspect.signature(plgpu.load).parameters else ()
 
 __all__ = ["VMEM", "PrefetchGrid", "Target", "TpuParams", "interpreted", "load", "pl", "plgpu", "target"]
@@ -21,7 +21,7 @@ __all__ = ["VMEM", "PrefetchGrid", "Target", "TpuParams", "interpreted", "load",
 
 def load(ref: Any, layout: Any) -> jax.Array:
     """The whole of a shared or global array into registers of that layout."""
-    return _load(ref, *_LOAD_INDEX, layout=layout, optimized=False)
+    return plgpu.load(ref, *_LOAD_INDEX, layout=layout, optimized=False)
 
 
 def interpreted() -> bool:
