@@ -2,8 +2,12 @@
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
+from jax.sharding import AxisType, Mesh
 
+from jorch.model.attention import packed_attend
+from jorch.sharding import MESH_AXES, sharding
 from kernels.attention.api import attention
 from tests.kernels.devices import compile_for, tpu_devices
 
@@ -44,3 +48,23 @@ def test_long_rows_fit():
     num_tokens = 131072
     scratch = compile_gradient("v5e:2x2", num_tokens).memory_analysis().temp_size_in_bytes
     assert scratch < 4 * (2 * num_tokens * N * 128)
+
+
+def test_every_device_of_a_mesh_attends_for_its_own_rows_and_heads():
+    """The model's attention over sixteen devices: XLA by itself would refuse to split the kernel."""
+    devices = np.array(tpu_devices("v5e:4x4")).reshape(1, 8, 1, 2)
+    mesh = Mesh(devices, MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
+
+    def loss(q, k, v, end):
+        return jnp.sum(packed_attend(end, 128)(q, k, v).astype(jnp.float32))
+
+    def of(shape, dtype, *axes):
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding(mesh, shape, axes))
+
+    q, k = (of((8, 1024, n, 128), "bfloat16", "rows", "length", "heads", "head_dim") for n in (N, K))
+    end = of((8, 1024), "int32", "rows", "length")
+    with jax.set_mesh(mesh):
+        compiled = jax.jit(jax.grad(loss, (0, 1, 2))).trace(q, k, k, end).lower().compile()
+    text = compiled.as_text()
+    assert all(kernel in text for kernel in ("forward_kernel", "dq_kernel", "dkv_kernel"))
+    assert "all-gather" not in text
