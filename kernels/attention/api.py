@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from kernels.attention import cudnn, pallas_mosaic_gpu, pallas_tpu, xla_chunked
-from kernels.attention.choice import Implementation, Request, choose, log_once
+from kernels.attention.choice import Implementation, Request, choose, log_once, refusal
 from kernels.attention.reference import attention_with_lse, visible
 from kernels.attention.tiles import TiledMask, tile
 from kernels.compat import target
@@ -120,6 +120,12 @@ def why(
     """
     path, reason = choose(implementation, _request(q_BTNH, mask, softcap, window, return_lse))
     return f"{path}: {reason}"
+
+
+def serves(implementation: Implementation, q_BTNH: jax.Array | jax.ShapeDtypeStruct, mask: Mask) -> bool:
+    """Whether an implementation serves such queries under such a mask, here, without window or softcap."""
+    window = mask.window if isinstance(mask, TiledMask) else None
+    return refusal(implementation, _request(q_BTNH, mask, None, window, False)) is None
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(4, 5, 6))
