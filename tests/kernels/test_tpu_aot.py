@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType, Mesh
 
-from jorch.model.attention import packed_attend
+from jorch.model.attention import packed_rows
 from jorch.sharding import MESH_AXES, sharding
 from kernels.attention.api import attention
 from tests.kernels.devices import compile_for, tpu_devices
@@ -56,7 +56,7 @@ def test_every_device_of_a_mesh_attends_for_its_own_rows_and_heads():
     mesh = Mesh(devices, MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
 
     def loss(q, k, v, end):
-        return jnp.sum(packed_attend(end, 128)(q, k, v).astype(jnp.float32))
+        return jnp.sum(packed_rows(end, 128, mesh).attend(q, k, v).astype(jnp.float32))
 
     def of(shape, dtype, *axes):
         return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding(mesh, shape, axes))
