@@ -13,10 +13,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from kernels.attention.api import attention, why
+from kernels.attention.api import attention, serves
 from kernels.attention.mask import num_visible_pairs
 from kernels.attention.reference import visible
 from kernels.attention.tiles import tile
+from kernels.compat import target
 from kernels.logprob.api import linear_logprob
 from kernels.logprob.reference import log_probabilities
 from kernels.shapes import MASKS, QWEN3_8B, SMALL, Shapes
@@ -100,19 +101,43 @@ def _attention_paths(case: str, num_tokens: int, shapes: Shapes) -> dict[str, Fu
     """Functions (q, k, v) -> o by the name that the table shows: ours and jax.nn's."""
     end = jnp.asarray(MASKS[case](num_tokens)[None])
     scale = shapes.H**-0.5
-    tiled, mask = jax.jit(tile)(end), "causal" if case == "causal" else end
+    tiled = jax.jit(tile)(end)
+    mask: Any = "causal" if case == "causal" else end
 
     def ours(implementation: Any, mask: Any) -> Function:
         return lambda q, k, v: attention(q, k, v, mask=mask, scale=scale, implementation=implementation)
 
-    paths = {"xla_chunked": ours("xla_chunked", tiled)}
     q = jax.ShapeDtypeStruct((1, num_tokens, shapes.N, shapes.H), shapes.dtype)
-    if why(q, mask=mask).startswith("cudnn"):
-        paths["cudnn"] = ours("cudnn", mask)
+    given: dict[Any, Any] = dict.fromkeys(("xla_chunked", "pallas_mosaic_gpu", "pallas_tpu"), tiled) | {"cudnn": mask}
+    paths = {}
+    for path, mask in given.items():
+        if serves(path, q, mask):
+            paths[path] = ours(path, mask)
+    if target().backend == "tpu" and case in ("causal", "packed"):
+        paths["jax's splash"] = splash(num_tokens, shapes, end[0])
     if 8 * shapes.N * num_tokens**2 < DENSE_BYTES:
         seen = jax.jit(visible)(end)[:, None]
         paths["jax.nn, dense mask"] = lambda q, k, v: jax.nn.dot_product_attention(q, k, v, mask=seen, scale=scale)
     return paths
+
+
+def splash(num_tokens: int, shapes: Shapes, segment_ids_T: jax.Array) -> Function:
+    """jax's own kernel for TPUs: it skips what causality hides, and masks other segments without skipping them."""
+    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel, splash_attention_mask
+
+    mask = splash_attention_mask.CausalMask((num_tokens, num_tokens))
+    heads = splash_attention_mask.MultiHeadMask([mask] * shapes.N)
+    block = min(512, num_tokens)
+    names = ("block_q", "block_kv", "block_q_dkv", "block_kv_dkv", "block_kv_dkv_compute", "block_q_dq", "block_kv_dq")
+    sizes = splash_attention_kernel.BlockSizes(**dict.fromkeys(names, block))
+    kernel: Any = splash_attention_kernel.make_splash_mha(heads, head_shards=1, q_seq_shards=1, block_sizes=sizes)
+    segments = splash_attention_kernel.SegmentIds(segment_ids_T, segment_ids_T)
+
+    def attend(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+        q, k, v = (x[0].swapaxes(0, 1) for x in (q * shapes.H**-0.5, k, v))
+        return kernel(q, k, v, segment_ids=segments).swapaxes(0, 1)[None]
+
+    return attend
 
 
 def _logprob(shapes: Shapes, num_timings: int) -> Iterator[Timing]:

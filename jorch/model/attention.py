@@ -2,17 +2,18 @@
 
 import math
 from dataclasses import dataclass
+from functools import partial
 
 import jax
-from jax.sharding import Mesh
+from jax.sharding import Mesh, PartitionSpec
 
 from jorch.config import CONTEXT_TOKENS
 from jorch.model.layers import Attend
-from jorch.sharding import sharding
+from jorch.sharding import RULES, sharding
 from kernels.attention.api import SAVED_NAME as SAVED_NAME
 from kernels.attention.api import attention
-from kernels.attention.context import balanced_order, context_attention, reorder
-from kernels.attention.tiles import BLOCK_Q, tile
+from kernels.attention.context import BLOCK, balanced_order, context_attention, reorder
+from kernels.attention.tiles import tile
 
 
 @dataclass(frozen=True)
@@ -41,12 +42,26 @@ class PackedRows:
 def packed_rows(mask_BT: jax.Array, head_dim: int, mesh: Mesh | None) -> PackedRows:
     """Attention within packed rows and rollout trees; `mask` as in `kernels.attention.mask`.
 
-    Tiles are listed and dealt out here, once for all layers and both passes.
+    Tiles are listed and dealt out here, once for all layers and both passes. On a mesh every device attends for its own
+    rows and heads: XLA could not split a Pallas kernel by itself.
     """
     scale, num_shards = head_dim**-0.5, mesh.shape["context"] if mesh else 1
-    if mesh is None or num_shards == 1:
+    attend_whole = partial(attention, scale=scale)
+    if mesh is None:
         mask = tile(mask_BT)
-        return PackedRows(lambda q, k, v: attention(q, k, v, mask=mask, scale=scale), None, mesh)
+        return PackedRows(lambda q, k, v: attend_whole(q, k, v, mask=mask), None, mesh)
+    if num_shards == 1:
+        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):  # block sizes depend on its devices
+            mask = tile(mask_BT)
+        rows, heads = PartitionSpec(RULES["rows"]), PartitionSpec(RULES["rows"], None, RULES["heads"])
+        on_devices = jax.shard_map(
+            lambda q, k, v, mask: attend_whole(q, k, v, mask=mask),
+            mesh=mesh,
+            in_specs=(heads, heads, heads, rows),
+            out_specs=heads,
+            check_vma=False,
+        )
+        return PackedRows(lambda q, k, v: on_devices(q, k, v, mask), None, mesh)
     order_BI = balanced_order(mask_BT, num_shards, block=_block(mask_BT.shape[1], num_shards))
 
     def attend(q_BTNH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array) -> jax.Array:
@@ -58,4 +73,4 @@ def packed_rows(mask_BT: jax.Array, head_dim: int, mesh: Mesh | None) -> PackedR
 def _block(num_tokens: int, num_shards: int) -> int:
     """Tokens of a tile: as many as the kernels like, or what divides the devices' parts."""
     assert num_tokens % (num_shards * CONTEXT_TOKENS) == 0, "the config has checked this"
-    return math.gcd(num_tokens // num_shards, BLOCK_Q)
+    return math.gcd(num_tokens // num_shards, BLOCK)

@@ -7,16 +7,25 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-from kernels.attention import cudnn, xla_chunked
-from kernels.attention.choice import Implementation, Request, choose, log_once
+from kernels.attention import cudnn, pallas_mosaic_gpu, pallas_tpu, xla_chunked
+from kernels.attention.choice import Implementation, Request, choose, log_once, refusal
 from kernels.attention.reference import attention_with_lse, visible
 from kernels.attention.tiles import TiledMask, tile
+from kernels.compat import target
+from kernels.tuning import blocks
 
 SAVED_NAME = "attention"
 """What `jax.checkpoint` policies call the outputs that the backward pass needs: where they are saved, attention is not
 computed again."""
 
 Mask = jax.Array | TiledMask | Literal["causal"]
+
+BY_TILES: dict[str, Any] = {
+    "xla_chunked": xla_chunked,
+    "pallas_tpu": pallas_tpu,
+    "pallas_mosaic_gpu": pallas_mosaic_gpu,
+}
+"""Paths with a `forward` and a `backward` over a TiledMask."""
 
 
 @overload
@@ -67,7 +76,8 @@ def attention(
         softcap: scores become softcap * tanh(score / softcap).
         window: a token sees at most this many tokens of its own path, itself included.
         implementation: "auto" takes the best path for the device and the request; `why` tells which. "reference" is
-            dense, "xla_chunked" goes tile by tile in linear memory, "cudnn" serves plain causal rows on NVIDIA GPUs.
+            dense, "xla_chunked" goes tile by tile in linear memory, "cudnn" serves plain causal rows on NVIDIA GPUs,
+            "pallas_tpu" and "pallas_mosaic_gpu" go tile by tile on TPUs and on Hopper GPUs.
         return_lse: also return log(sum(exp(scores))); it is differentiable.
 
     Returns:
@@ -89,7 +99,7 @@ def attention(
         o_BTNH, lse_BTN = checkpoint_name(both, SAVED_NAME)
     else:
         tiled = mask if isinstance(mask, TiledMask) else tile(_ends(mask, q_BTNH), window=window)
-        outputs: Any = _by_tiles(q_BTNH, k_BSKH, v_BSKH, tiled, scale, softcap)
+        outputs: Any = _by_tiles(q_BTNH, k_BSKH, v_BSKH, tiled, scale, softcap, path)
         o_BTNH, lse_BTN = outputs
     return (o_BTNH, lse_BTN) if return_lse else o_BTNH
 
@@ -112,23 +122,35 @@ def why(
     return f"{path}: {reason}"
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(4, 5))
+def serves(implementation: Implementation, q_BTNH: jax.Array | jax.ShapeDtypeStruct, mask: Mask) -> bool:
+    """Whether an implementation serves such queries under such a mask, here, without window or softcap."""
+    window = mask.window if isinstance(mask, TiledMask) else None
+    return refusal(implementation, _request(q_BTNH, mask, None, window, False)) is None
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(4, 5, 6))
 def _by_tiles(
-    q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, mask: TiledMask, scale: float, softcap: float | None
+    q_BTNH: jax.Array,
+    k_BSKH: jax.Array,
+    v_BSKH: jax.Array,
+    mask: TiledMask,
+    scale: float,
+    softcap: float | None,
+    path: str,
 ) -> tuple[jax.Array, jax.Array]:
-    return xla_chunked.forward(q_BTNH, k_BSKH, v_BSKH, mask, scale, softcap)
+    return BY_TILES[path].forward(q_BTNH, k_BSKH, v_BSKH, mask, scale, softcap)
 
 
 def _by_tiles_forward(
-    q: jax.Array, k: jax.Array, v: jax.Array, mask: TiledMask, scale: float, softcap: float | None
+    q: jax.Array, k: jax.Array, v: jax.Array, mask: TiledMask, scale: float, softcap: float | None, path: str
 ) -> tuple[tuple[jax.Array, jax.Array], tuple]:
-    o, lse = checkpoint_name(xla_chunked.forward(q, k, v, mask, scale, softcap), SAVED_NAME)
+    o, lse = checkpoint_name(BY_TILES[path].forward(q, k, v, mask, scale, softcap), SAVED_NAME)
     return (o, lse), (q, k, v, mask, o, lse)
 
 
-def _by_tiles_backward(scale: float, softcap: float | None, saved: tuple, gradients: tuple) -> tuple:
+def _by_tiles_backward(scale: float, softcap: float | None, path: str, saved: tuple, gradients: tuple) -> tuple:
     q, k, v, mask, o, lse = saved
-    dq, dk, dv = xla_chunked.backward(q, k, v, mask, scale, softcap, o, lse, *gradients)
+    dq, dk, dv = BY_TILES[path].backward(q, k, v, mask, scale, softcap, o, lse, *gradients)
     return dq.astype(q.dtype), dk.astype(k.dtype), dv.astype(v.dtype), None
 
 
@@ -139,8 +161,10 @@ def _request(
     q: jax.Array | jax.ShapeDtypeStruct, mask: Mask, softcap: float | None, window: int | None, return_lse: bool
 ) -> Request:
     _, T, _, H = q.shape
+    here = target()
+    block_q, block_k = (mask.block_q, mask.block_k) if isinstance(mask, TiledMask) else blocks(here, T)
     causal = isinstance(mask, str)
-    return Request(T, H, str(q.dtype), causal, window, softcap, return_lse, jax.default_backend())
+    return Request(T, H, str(q.dtype), causal, window, softcap, return_lse, block_q, block_k, here)
 
 
 def _ends(mask: Mask, q_BTNH: jax.Array) -> jax.Array:

@@ -4,11 +4,12 @@ import functools
 import logging
 from typing import Literal, NamedTuple, get_args
 
-from kernels.attention.tiles import BLOCK_K
+from kernels.attention import pallas_mosaic_gpu, pallas_tpu
+from kernels.compat import Target
 
-Implementation = Literal["auto", "reference", "xla_chunked", "cudnn"]
+Implementation = Literal["auto", "reference", "xla_chunked", "cudnn", "pallas_tpu", "pallas_mosaic_gpu"]
 
-SHORT_TOKENS = BLOCK_K
+SHORT_TOKENS = 256
 """Up to one tile there is nothing to skip, and dense scores are small."""
 
 
@@ -23,16 +24,26 @@ class Request(NamedTuple):
     window: int | None
     softcap: float | None
     return_lse: bool
-    backend: str
-    """As `jax.default_backend()`: "cpu", "gpu" or "tpu"."""
+    block_q: int
+    block_k: int
+    target: Target
 
 
 def refusal(implementation: Implementation, request: Request) -> str | None:
     """Why a path cannot serve a request; None where it can."""
-    if implementation != "cudnn":
-        return None
-    if request.backend != "gpu":
-        return f"it needs an NVIDIA GPU and the backend is {request.backend}"
+    match implementation:
+        case "cudnn":
+            return _cudnn_refusal(request)
+        case "pallas_tpu":
+            return _pallas_tpu_refusal(request)
+        case "pallas_mosaic_gpu":
+            return _pallas_mosaic_gpu_refusal(request)
+    return None
+
+
+def _cudnn_refusal(request: Request) -> str | None:
+    if request.target.backend != "gpu":
+        return f"it needs an NVIDIA GPU and the backend is {request.target.backend}"
     if not request.causal:
         return 'it serves mask="causal" only, and the mask is an array'
     if request.window is not None or request.softcap is not None or request.return_lse:
@@ -42,6 +53,47 @@ def refusal(implementation: Implementation, request: Request) -> str | None:
     if request.head_dim % 8 or request.head_dim > 128:
         return f"it serves head dims that are multiples of 8 up to 128, and H={request.head_dim}"
     return None
+
+
+def _pallas_tpu_refusal(request: Request) -> str | None:
+    if request.target.backend != "tpu":
+        return f"it needs a TPU and the backend is {request.target.backend}"
+    if request.target.split:
+        return _SPLIT
+    if request.window is not None:
+        return "it serves no window"
+    if request.dtype == "float16":
+        return "it serves float32 and bfloat16, and the inputs are float16"
+    if request.head_dim % 64 or request.head_dim > 256:
+        return f"it serves head dims of 64, 128, 192 and 256, and H={request.head_dim}"
+    if request.block_q % 128 or request.block_k % 128:
+        return f"its tiles are multiples of 128, and the mask's are {request.block_q} x {request.block_k}"
+    visits = pallas_tpu.num_visits(request.num_tokens, request.block_q, request.block_k)
+    if visits > pallas_tpu.MOST_VISITS:
+        return f"the row has {visits:,} tiles, and the list holds {pallas_tpu.MOST_VISITS:,}: tile with larger blocks"
+    return None
+
+
+def _pallas_mosaic_gpu_refusal(request: Request) -> str | None:
+    if request.target.backend != "gpu" or not any(name in request.target.kind for name in _HOPPER):
+        return f"it needs a Hopper GPU, as H100 and H200 are, and the device is {request.target.kind}"
+    if request.target.split:
+        return _SPLIT
+    if request.window is not None:
+        return "it serves no window"
+    if request.dtype == "float32":
+        return "it serves bfloat16 and float16, and the inputs are float32"
+    if request.head_dim not in (64, 128):
+        return f"it serves head dims of 64 and 128, and H={request.head_dim}"
+    block = pallas_mosaic_gpu.BLOCK
+    if (request.block_q, request.block_k) != (block, block):
+        return f"its tiles are {block} x {block}, and the mask's are {request.block_q} x {request.block_k}"
+    return None
+
+
+_HOPPER = ("H100", "H200", "H20", "H800")
+
+_SPLIT = "XLA may split the program over several devices, and a Pallas kernel must not be: call it inside jax.shard_map"
 
 
 def choose(implementation: Implementation, request: Request) -> tuple[Implementation, str]:
@@ -60,10 +112,24 @@ def choose(implementation: Implementation, request: Request) -> tuple[Implementa
         return implementation, "asked for"
     if request.num_tokens <= SHORT_TOKENS:
         return "reference", f"rows of {request.num_tokens} tokens are at most one tile of {SHORT_TOKENS}"
-    reason = refusal("cudnn", request)
-    if not reason:
-        return "cudnn", "plain causal rows on an NVIDIA GPU"
-    return "xla_chunked", f"it skips invisible tiles on any device; not cudnn: {reason}"
+    refused = ""
+    for path, reason in _FAST[request.target.backend]:
+        against = refusal(path, request)
+        if not against:
+            return path, reason
+        refused += f"; not {path}: {against}"
+    return "xla_chunked", f"it skips invisible tiles on any device{refused}"
+
+
+_FAST: dict[str, list[tuple[Implementation, str]]] = {
+    "gpu": [
+        ("cudnn", "plain causal rows on an NVIDIA GPU"),
+        ("pallas_mosaic_gpu", "it reads active tiles only, on a Hopper GPU"),
+    ],
+    "tpu": [("pallas_tpu", "it visits active tiles only, on a TPU")],
+    "cpu": [],
+}
+"""By device, what `auto` tries in this order before the path that serves everything, and why."""
 
 
 @functools.cache

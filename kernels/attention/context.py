@@ -19,10 +19,13 @@ from jax.sharding import Mesh, PartitionSpec
 from kernels.attention import xla_chunked
 from kernels.attention.api import SAVED_NAME
 from kernels.attention.reference import depths
-from kernels.attention.tiles import BLOCK_Q, TiledMask, active_tiles, tile
+from kernels.attention.tiles import TiledMask, active_tiles, tile
+
+BLOCK = 256
+"""Tokens of a tile, queries and keys alike."""
 
 
-def balanced_order(end_BT: Any, num_devices: int, *, window: int | None = None, block: int = BLOCK_Q) -> jax.Array:
+def balanced_order(end_BT: Any, num_devices: int, *, window: int | None = None, block: int = BLOCK) -> jax.Array:
     """Which tile of each row comes at which place, so that all devices see about as many tiles; can be traced.
 
     The heaviest tile first, each to the device with the least work that still has room.

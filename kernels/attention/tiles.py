@@ -9,8 +9,8 @@ import jax
 import jax.numpy as jnp
 
 from kernels.attention.reference import depths
-
-BLOCK_Q, BLOCK_K = 256, 256
+from kernels.compat import target
+from kernels.tuning import blocks
 
 
 @dataclass(frozen=True)
@@ -44,24 +44,26 @@ def tile(
     end_BS: jax.Array,
     *,
     window: int | None = None,
-    block_q: int = BLOCK_Q,
-    block_k: int = BLOCK_K,
+    block_q: int | None = None,
+    block_k: int | None = None,
     place_BI: jax.Array | None = None,
 ) -> TiledMask:
     """The tile lists of a mask i32[B, S].
 
     Args:
         window: a token sees at most this many tokens of its own path, itself included; None = all.
-        block_q: queries of a tile.
-        block_k: keys of a tile; one block size must be a multiple of the other.
+        block_q: queries of a tile; None = what suits the device (`kernels.tuning`).
+        block_k: keys of a tile, likewise; one block size must be a multiple of the other.
         place_BI: the query tiles at hand, by their place in the row; None = all of them in order.
 
     Raises:
         ValueError: block sizes that do not nest.
     """
+    B, num_tokens = end_BS.shape
+    default_q, default_k = blocks(target(), num_tokens)
+    block_q, block_k = block_q or default_q, block_k or default_k
     if max(block_q, block_k) % min(block_q, block_k):
         raise ValueError(f"block_q={block_q} and block_k={block_k}: one must be a multiple of the other")
-    B, num_tokens = end_BS.shape
     end_BS = jnp.pad(end_BS, ((0, 0), (0, -num_tokens % max(block_q, block_k))))
     if place_BI is None:
         place_BI = jnp.broadcast_to(

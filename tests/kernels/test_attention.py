@@ -14,6 +14,7 @@ from kernels.attention import choice
 from kernels.attention.api import attention, why
 from kernels.attention.mask import segment_ends, tree_ends
 from kernels.attention.tiles import tile
+from kernels.compat import Target
 from tests.kernels.oracle import attend, forests, sees
 
 B, T, H = 2, 12, 4
@@ -253,8 +254,11 @@ def test_causal_needs_no_array():
 
 
 def request_for(**changes):
+    """A long dense causal row in bfloat16 on a GPU, but for `changes`."""
     fields = {"num_tokens": 8192, "head_dim": 128, "dtype": "bfloat16", "causal": True, "window": None}
-    return choice.Request(**(fields | {"softcap": None, "return_lse": False, "backend": "gpu"} | changes))
+    fields |= {"softcap": None, "return_lse": False, "block_q": 128, "block_k": 128}
+    here = Target(changes.pop("backend", "gpu"), changes.pop("kind", "NVIDIA A100"), changes.pop("split", False))
+    return choice.Request(**(fields | {"target": here} | changes))
 
 
 @pytest.mark.parametrize(
@@ -262,7 +266,7 @@ def request_for(**changes):
     [
         ({}, "cudnn", "plain causal rows on an NVIDIA GPU"),
         ({"num_tokens": 128}, "reference", "rows of 128 tokens are at most one tile"),
-        ({"backend": "cpu"}, "xla_chunked", "not cudnn: it needs an NVIDIA GPU and the backend is cpu"),
+        ({"backend": "cpu"}, "xla_chunked", "it skips invisible tiles on any device"),
         ({"causal": False}, "xla_chunked", "the mask is an array"),
         ({"window": 4}, "xla_chunked", "no window"),
         ({"softcap": 4.0}, "xla_chunked", "no window, softcap"),
@@ -280,10 +284,50 @@ def test_auto_chooses_by_device_and_request(changes, path, reason):
             choice.choose("cudnn", request_for(**changes))
 
 
+TPU = {"backend": "tpu", "kind": "TPU v5 lite"}
+H100 = {"kind": "NVIDIA H100 80GB HBM3", "causal": False}
+
+
+@pytest.mark.parametrize(
+    ("changes", "path", "reason"),
+    [
+        (TPU, "pallas_tpu", "it visits active tiles only, on a TPU"),
+        (TPU | {"causal": False, "softcap": 2.0, "return_lse": True, "dtype": "float32"}, "pallas_tpu", "on a TPU"),
+        (TPU | {"split": True}, "xla_chunked", "call it inside jax.shard_map"),
+        (TPU | {"window": 4}, "xla_chunked", "no window"),
+        (TPU | {"dtype": "float16"}, "xla_chunked", "the inputs are float16"),
+        (TPU | {"head_dim": 80}, "xla_chunked", "H=80"),
+        (TPU | {"block_k": 64}, "xla_chunked", "multiples of 128, and the mask's are 128 x 64"),
+        (TPU | {"num_tokens": 131072}, "xla_chunked", "the row has 524,800 tiles, and the list holds 131,072"),
+        (H100, "pallas_mosaic_gpu", "it reads active tiles only, on a Hopper GPU"),
+        (H100 | {"softcap": 2.0, "return_lse": True, "dtype": "float16"}, "pallas_mosaic_gpu", "on a Hopper GPU"),
+        (H100 | {"causal": True}, "cudnn", "plain causal rows"),
+        (
+            H100 | {"kind": "NVIDIA A100"},
+            "xla_chunked",
+            "it needs a Hopper GPU, as H100 and H200 are, and the device is NVIDIA A100",
+        ),
+        (H100 | {"split": True}, "xla_chunked", "call it inside jax.shard_map"),
+        (H100 | {"window": 4}, "xla_chunked", "no window"),
+        (H100 | {"dtype": "float32"}, "xla_chunked", "the inputs are float32"),
+        (H100 | {"head_dim": 256}, "xla_chunked", "H=256"),
+        (H100 | {"block_k": 256}, "xla_chunked", "its tiles are 128 x 128, and the mask's are 128 x 256"),
+    ],
+)
+def test_a_device_takes_its_kernel_where_it_serves(changes, path, reason):
+    got, why_so = choice.choose("auto", request_for(**changes))
+    assert got == path
+    assert reason in why_so
+    for kernel in ("pallas_tpu", "pallas_mosaic_gpu"):
+        if kernel != path:
+            with pytest.raises(ValueError, match=f"implementation='{kernel}' cannot serve this: "):
+                choice.choose(kernel, request_for(**({"kind": "another"} | changes | {"split": True})))
+
+
 def test_why_names_the_path_and_the_log_says_it_once(caplog):
     q = jax.ShapeDtypeStruct((1, 1000, 2, H), jnp.float32)
     line = why(q, mask="causal")
-    assert line.startswith("xla_chunked: it skips invisible tiles on any device; not cudnn: it needs an NVIDIA GPU")
+    assert line == "xla_chunked: it skips invisible tiles on any device"
     choice.log_once.cache_clear()
     with caplog.at_level(logging.INFO, "kernels"):
         for _ in range(2):

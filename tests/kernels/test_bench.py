@@ -4,8 +4,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from kernels.bench import _error, measure
+from kernels.bench import _attention_paths, _error, _normal, measure
 from kernels.shapes import MASKS, Shapes
+from tests.kernels.devices import V5E, interpreted
 from tests.kernels.oracle import sees
 
 TINY = Shapes(attention_tokens=(64,), N=2, K=1, H=8, logprob_tokens=16, D=8, V=32, dtype="float32")
@@ -37,6 +38,17 @@ def test_operations_are_those_of_visible_pairs(timings):
             assert t.dense_flops_s * t.median_s == pytest.approx(factors[t.line.direction] * 4 * (64 * 65 / 2) * 2 * 8)
         elif t.line.direction == "both":
             assert t.visible_flops_s * t.median_s == pytest.approx(3 * 2 * 16 * 8 * 32)
+
+
+@pytest.mark.slow
+def test_a_tpu_measures_its_kernels_beside_jaxs_own():
+    """Interpreted: every path gives the reference's outputs and gradients, or the benchmark would stop."""
+    shapes = Shapes((384,), N=2, K=1, H=128, logprob_tokens=16, D=8, V=32, dtype="float32")
+    with interpreted(V5E):
+        paths = _attention_paths("packed", 384, shapes)
+        drawn = [_normal((1, 384, n, 128), "float32", n) for n in (2, 1, 1, 2)]
+        errors = {path: _error(paths["xla_chunked"], function, *drawn) for path, function in paths.items()}
+    assert errors.keys() == {"xla_chunked", "pallas_tpu", "jax's splash", "jax.nn, dense mask"}
 
 
 def test_a_path_that_computes_something_else_is_not_timed():

@@ -1,0 +1,358 @@
+"""Attention for TPUs in Pallas: visits active tiles only, and masks only those that are not wholly visible.
+
+The tile lists of a row become one list of visits, each a (query tile, key tile) with marks, which the cores read from
+scalar memory; the grid is as long as the list, known only on device. So nothing is spent on tiles that nobody sees, not
+even an empty step. Rows go one after another: scalar memory holds one row's list at a time.
+
+The forward pass and the gradient of q visit by query tiles and keep the query tile; the gradients of k and v visit by
+key tiles and work on transposed scores, so that log-sum-exp and delta are rows there. Both recompute the weights from
+the saved log-sum-exp, as FlashAttention-2 does (arXiv 2307.08691).
+
+Letters: T = S positions, N query heads, K key-value heads, G = N / K, H head dim, I query tiles, J key tiles, X queries
+of a tile, C keys of a tile, E visits.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from kernels.attention.tiles import TiledMask
+from kernels.compat import VMEM, PrefetchGrid, TpuParams, pl
+
+LANES = 128
+"""Columns of a register; numbers that belong to a query lie in scratch repeated over all of them."""
+
+MOST_VISITS = 2**17
+"""Visits that fit half of the smallest scalar memory, 1 MiB."""
+
+_ACTIVE, _FULL, _FIRST, _LAST = 1, 2, 4, 8
+_INNER_BITS = 12
+FLOAT_MIN = float(jnp.finfo(jnp.float32).min)
+
+
+class _Visit(NamedTuple):
+    """One step of the grid: `inner` tile seen by `outer` tile, and the marks."""
+
+    outer: jax.Array
+    inner: jax.Array
+    active: jax.Array  # false for the one visit of an outer tile that sees nothing
+    full: jax.Array
+    first: jax.Array  # of its outer tile
+    last: jax.Array
+
+    @classmethod
+    def of(cls, code: jax.Array) -> "_Visit":
+        marks = [(code & mark) != 0 for mark in (_ACTIVE, _FULL, _FIRST, _LAST)]
+        return cls(code >> (_INNER_BITS + 4), (code >> 4) & (2**_INNER_BITS - 1), *marks)
+
+
+def num_visits(num_tokens: int, block_q: int, block_k: int) -> int:
+    """The most visits that a row of `num_tokens` can need, those of a causal row: what the list has room for."""
+    S = num_tokens + -num_tokens % max(block_q, block_k)
+    I, J = S // block_q, S // block_k  # noqa: E741
+    # A tile that sees nothing is visited once.
+    return max(sum(-(-(i + 1) * block_q // block_k) for i in range(I)), J)
+
+
+def _visits(lists: tuple[jax.Array, jax.Array], full_OI: jax.Array, room: int) -> tuple[jax.Array, jax.Array]:
+    """(i32[E] codes of the visits, outer tile by outer tile; how many they are, at least one an outer tile)"""
+    inner_OI, num_O = lists
+    length_O = jnp.maximum(num_O, 1)
+    stop_O = jnp.cumsum(length_O)
+    visit_E = jnp.arange(room, dtype=jnp.int32)
+    outer_E = jnp.minimum(jnp.searchsorted(stop_O, visit_E, side="right"), len(num_O) - 1).astype(jnp.int32)
+    place_E = visit_E - (stop_O - length_O)[outer_E]
+    inner_E = inner_OI[outer_E, jnp.minimum(place_E, inner_OI.shape[1] - 1)]
+    marks_E = (
+        jnp.where(num_O[outer_E] > 0, _ACTIVE, 0)
+        | jnp.where(full_OI[outer_E, inner_E], _FULL, 0)
+        | jnp.where(place_E == 0, _FIRST, 0)
+        | jnp.where(place_E == length_O[outer_E] - 1, _LAST, 0)
+    )
+    return outer_E << (_INNER_BITS + 4) | inner_E << 4 | marks_E, stop_O[-1]
+
+
+@dataclass(frozen=True)
+class _Rule:
+    """What is known when a function is traced."""
+
+    block_q: int
+    block_k: int
+    scale: float
+    softcap: float | None
+    num_groups: int
+
+    def dot(self, left: jax.Array, right: jax.Array, contract: tuple[int, int]) -> jax.Array:
+        """A product over one axis of each, in `right`'s dtype, summed in float32."""
+        precision = jax.lax.Precision.HIGHEST if right.dtype == jnp.float32 else None
+        dimensions = (((contract[0],), (contract[1],)), ((), ()))
+        left = left.astype(right.dtype)
+        return jax.lax.dot_general(left, right, dimensions, precision, preferred_element_type=jnp.float32)
+
+    def capped(self, s: jax.Array) -> jax.Array:
+        s = s * self.scale
+        return s if self.softcap is None else self.softcap * jnp.tanh(s / self.softcap)
+
+    def slope(self, s: jax.Array) -> jax.Array | float:
+        """d score / d product."""
+        return self.scale if self.softcap is None else self.scale * (1 - jnp.square(s / self.softcap))
+
+    def visible(self, i: jax.Array, j: jax.Array, end: jax.Array, query_axis: int) -> jax.Array:
+        """bool, queries along `query_axis` and keys along the other; `end` broadcasts along the queries."""
+        shape = (self.block_q, self.block_k) if query_axis == 0 else (self.block_k, self.block_q)
+        q = i * self.block_q + jax.lax.broadcasted_iota(jnp.int32, shape, query_axis)
+        k = j * self.block_k + jax.lax.broadcasted_iota(jnp.int32, shape, 1 - query_axis)
+        return (k <= q) & (q < end)
+
+
+def _column(row_1X: jax.Array) -> jax.Array:
+    """[X, LANES] of a row: its numbers down the rows of a register, repeated over the columns."""
+    return jnp.broadcast_to(row_1X, (LANES, row_1X.shape[1])).T
+
+
+def _masked_or_not(visit: _Visit, compute: Callable[[bool], None]) -> None:
+    """`compute` without a mask where the whole tile is visible, with it where part of the tile is."""
+    pl.when(visit.active & visit.full)(lambda: compute(False))
+    pl.when(visit.active & ~visit.full)(lambda: compute(True))
+
+
+def _forward_kernel(rule: _Rule, code_E: Any, end_1C: Any, q: Any, k: Any, v: Any, o: Any, lse: Any, *scratch: Any):
+    acc_XH, top_XL, total_XL = scratch
+    visit = _Visit.of(code_E[pl.program_id(1)])
+
+    @pl.when(visit.first)
+    def _():
+        acc_XH[...] = jnp.zeros_like(acc_XH)
+        # A finite maximum keeps exp(-inf - max) at 0 instead of NaN where a query sees nothing.
+        top_XL[...] = jnp.full_like(top_XL, FLOAT_MIN)
+        total_XL[...] = jnp.zeros_like(total_XL)
+
+    def compute(masked: bool) -> None:
+        s_XC = rule.capped(rule.dot(q[...], k[...], (1, 1)))
+        if masked:
+            s_XC = jnp.where(rule.visible(visit.outer, visit.inner, end_1C[...], 0), s_XC, -jnp.inf)
+        top_X1 = top_XL[:, :1]
+        new_top_X1 = jnp.maximum(top_X1, s_XC.max(1, keepdims=True))
+        p_XC, shrink_X1 = jnp.exp(s_XC - new_top_X1), jnp.exp(top_X1 - new_top_X1)
+        acc_XH[...] = acc_XH[...] * shrink_X1 + rule.dot(p_XC, v[...], (1, 0))
+        total_X1 = total_XL[:, :1] * shrink_X1 + p_XC.sum(1, keepdims=True)
+        top_XL[...] = jnp.broadcast_to(new_top_X1, top_XL.shape)
+        total_XL[...] = jnp.broadcast_to(total_X1, total_XL.shape)
+
+    _masked_or_not(visit, compute)
+
+    @pl.when(visit.last)
+    def _():
+        blind_XL = total_XL[...] == 0
+        total = jnp.where(blind_XL, 1.0, total_XL[...])
+        o[...] = (acc_XH[...] / total[:, :1]).astype(o.dtype)
+        lse[...] = jnp.where(blind_XL, -jnp.inf, top_XL[...] + jnp.log(total)).T[:1]
+
+
+def _dq_kernel(
+    rule: _Rule, code_E: Any, end_1C: Any, q: Any, k: Any, v: Any, do: Any, lse: Any, delta: Any, dq: Any, *scratch: Any
+):
+    acc_XH, lse_XL, delta_XL = scratch
+    visit = _Visit.of(code_E[pl.program_id(1)])
+
+    @pl.when(visit.first)
+    def _():
+        acc_XH[...] = jnp.zeros_like(acc_XH)
+        lse_XL[...], delta_XL[...] = _column(lse[...]), _column(delta[...])
+
+    def compute(masked: bool) -> None:
+        s_XC = rule.capped(rule.dot(q[...], k[...], (1, 1)))
+        p_XC = jnp.exp(s_XC - lse_XL[:, :1])
+        if masked:
+            p_XC = jnp.where(rule.visible(visit.outer, visit.inner, end_1C[...], 0), p_XC, 0.0)
+        dp_XC = rule.dot(do[...], v[...], (1, 1))
+        ds_XC = p_XC * (dp_XC - delta_XL[:, :1]) * rule.slope(s_XC)
+        acc_XH[...] += rule.dot(ds_XC, k[...], (1, 0))
+
+    _masked_or_not(visit, compute)
+
+    @pl.when(visit.last)
+    def _():
+        dq[...] = acc_XH[...].astype(dq.dtype)
+
+
+def _dkv_kernel(rule: _Rule, code_E: Any, end_1C: Any, *refs: Any):
+    q, k, v, do, lse, delta, dk, dv, dk_CH, dv_CH = refs
+    visit, group = _Visit.of(code_E[pl.program_id(1)]), pl.program_id(2)
+
+    @pl.when(visit.first & (group == 0))
+    def _():
+        dk_CH[...] = jnp.zeros_like(dk_CH)
+        dv_CH[...] = jnp.zeros_like(dv_CH)
+
+    def compute(masked: bool) -> None:
+        s_CX = rule.capped(rule.dot(k[...], q[...], (1, 1)))
+        p_CX = jnp.exp(s_CX - lse[...])
+        if masked:
+            end_C1 = _column(end_1C[...])[:, :1]
+            p_CX = jnp.where(rule.visible(visit.inner, visit.outer, end_C1, 1), p_CX, 0.0)
+        dp_CX = rule.dot(v[...], do[...], (1, 1))
+        ds_CX = p_CX * (dp_CX - delta[...]) * rule.slope(s_CX)
+        dv_CH[...] += rule.dot(p_CX, do[...], (1, 0))
+        dk_CH[...] += rule.dot(ds_CX, q[...], (1, 0))
+
+    _masked_or_not(visit, compute)
+
+    @pl.when(visit.last & (group == rule.num_groups - 1))
+    def _():
+        dk[...], dv[...] = dk_CH[...].astype(dk.dtype), dv_CH[...].astype(dv.dtype)
+
+
+def forward(
+    q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, mask: TiledMask, scale: float, softcap: float | None
+) -> tuple[jax.Array, jax.Array]:
+    """Outputs [B, T, N, H] and log-sum-exp f32[B, T, N], as `reference.attention_with_lse`."""
+    (T, N), K = q_BTNH.shape[1:3], k_BSKH.shape[2]
+    rule = _Rule(mask.block_q, mask.block_k, scale, softcap, N // K)
+
+    def of_row(row: tuple) -> tuple[jax.Array, jax.Array]:
+        end_S, k_lists, _, *arrays = row
+        return _forward_row(rule, end_S, k_lists, *arrays)
+
+    o_BNTH, lse_BNT = jax.lax.map(of_row, (*_mask_rows(mask), *_heads_first(mask, q_BTNH, k_BSKH, v_BSKH)))
+    return o_BNTH.swapaxes(1, 2)[:, :T], lse_BNT.swapaxes(1, 2)[:, :T]
+
+
+def backward(
+    q_BTNH: jax.Array,
+    k_BSKH: jax.Array,
+    v_BSKH: jax.Array,
+    mask: TiledMask,
+    scale: float,
+    softcap: float | None,
+    o_BTNH: jax.Array,
+    lse_BTN: jax.Array,
+    do_BTNH: jax.Array,
+    dlse_BTN: jax.Array,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """The gradients of q, k and v in their dtypes, given those of the outputs and of the log-sum-exp."""
+    (T, N), K = q_BTNH.shape[1:3], k_BSKH.shape[2]
+    rule = _Rule(mask.block_q, mask.block_k, scale, softcap, N // K)
+    # d loss / d score = p * (dp - delta): delta is what the softmax's normalisation takes off.
+    delta_BTN = jnp.sum(do_BTNH.astype(jnp.float32) * o_BTNH.astype(jnp.float32), -1) - dlse_BTN
+
+    arrays = _heads_first(mask, q_BTNH, k_BSKH, v_BSKH, do_BTNH.astype(q_BTNH.dtype))
+    numbers = (x.swapaxes(2, 3) for x in _heads_first(mask, lse_BTN[..., None], delta_BTN[..., None]))
+    gradients = jax.lax.map(lambda row: _backward_row(rule, *row), (*_mask_rows(mask), *arrays, *numbers))
+    dq, dk, dv = (x.swapaxes(1, 2)[:, :T] for x in gradients)
+    return dq, dk, dv
+
+
+def _mask_rows(mask: TiledMask) -> tuple:
+    # Queries that only fill up a tile see nothing, whatever `end` says.
+    end_BS = jnp.minimum(mask.end_BS, mask.num_tokens)
+    return end_BS, (mask.k_tiles_BIJ, mask.num_k_BI), (mask.q_tiles_BJI, mask.num_q_BJ)
+
+
+def _heads_first(mask: TiledMask, *arrays_BTNH: jax.Array) -> list[jax.Array]:
+    """[B, N, S, H], zeros up to whole tiles."""
+    room = mask.end_BS.shape[1] - mask.num_tokens
+    return [jnp.pad(x, ((0, 0), (0, room), (0, 0), (0, 0))).swapaxes(1, 2) for x in arrays_BTNH]
+
+
+def _full(rule: _Rule, end_S: jax.Array) -> jax.Array:
+    """bool[I, J]: every query of the tile sees every key of it."""
+    S = len(end_S)
+    first_q_I1 = jnp.arange(0, S, rule.block_q)[:, None]
+    first_k_J = jnp.arange(0, S, rule.block_k)
+    first_end_J = end_S.reshape(-1, rule.block_k).min(1)
+    return (first_k_J + rule.block_k - 1 <= first_q_I1) & (first_q_I1 + rule.block_q <= first_end_J)
+
+
+class _Specs:
+    """Which block of each array a visit needs; `by_query` says that its outer tile is the query tile.
+
+    The grid is (query heads, visits), or (key-value heads, visits, query heads of each).
+    """
+
+    def __init__(self, rule: _Rule, H: int, by_query: bool) -> None:
+        def heads(n: Any, groups: tuple) -> tuple[Any, Any]:
+            """(query head, key-value head)"""
+            return (n * rule.num_groups + groups[0], n) if groups else (n, n // rule.num_groups)
+
+        def tiles(code: jax.Array) -> tuple[jax.Array, jax.Array]:
+            """(query tile, key tile)"""
+            visit = _Visit.of(code)
+            return (visit.outer, visit.inner) if by_query else (visit.inner, visit.outer)
+
+        def of_query(n: Any, e: Any, *rest: Any) -> tuple[Any, Any]:
+            *groups, codes = rest
+            return heads(n, tuple(groups))[0], tiles(codes[e])[0]
+
+        def of_key(n: Any, e: Any, *rest: Any) -> tuple[Any, Any]:
+            *groups, codes = rest
+            return heads(n, tuple(groups))[1], tiles(codes[e])[1]
+
+        def of_number(*at: Any) -> tuple[Any, Any, Any]:
+            n, i = of_query(*at)
+            return n, 0, i
+
+        self.q = pl.BlockSpec((None, rule.block_q, H), lambda *at: (*of_query(*at), 0))
+        self.kv = pl.BlockSpec((None, rule.block_k, H), lambda *at: (*of_key(*at), 0))
+        self.number = pl.BlockSpec((None, 1, rule.block_q), of_number)
+        self.end = pl.BlockSpec((1, rule.block_k), lambda *at: (0, of_key(*at)[1]))
+
+
+def _call(rule: _Rule, kernel: Any, grid: tuple, visits: tuple, in_specs: list, outputs: list, scratch: list) -> Any:
+    """A kernel over `grid`, whose second axis is the visits; `outputs` are (spec, shape) pairs."""
+    code_E, num = visits
+    specs, shapes = zip(*outputs, strict=True)
+    call = pl.pallas_call(
+        partial(kernel, rule),
+        grid_spec=PrefetchGrid(
+            num_scalar_prefetch=1,
+            grid=(grid[0], num, *grid[1:]),
+            in_specs=in_specs,
+            out_specs=specs,
+            scratch_shapes=[VMEM(shape, jnp.float32) for shape in scratch],
+        ),
+        out_shape=shapes,
+        compiler_params=TpuParams(dimension_semantics=("parallel", *("arbitrary",) * len(grid))),
+        name=kernel.__name__.strip("_"),
+    )
+    return partial(call, code_E)
+
+
+def _forward_row(rule: _Rule, end_S: jax.Array, lists: tuple, *arrays: jax.Array) -> tuple[jax.Array, jax.Array]:
+    q_NSH = arrays[0]
+    (N, S, H), X = q_NSH.shape, rule.block_q
+    spec = _Specs(rule, H, by_query=True)
+    visits = _visits(lists, _full(rule, end_S), num_visits(S, X, rule.block_k))
+    outputs = [
+        (spec.q, jax.ShapeDtypeStruct((N, S, H), q_NSH.dtype)),
+        (spec.number, jax.ShapeDtypeStruct((N, 1, S), jnp.float32)),
+    ]
+    in_specs, scratch = [spec.end, spec.q, spec.kv, spec.kv], [(X, H), (X, LANES), (X, LANES)]
+    o_NSH, lse_N1S = _call(rule, _forward_kernel, (N,), visits, in_specs, outputs, scratch)(end_S[None], *arrays)
+    return o_NSH, lse_N1S[:, 0]
+
+
+def _backward_row(
+    rule: _Rule, end_S: jax.Array, k_lists: tuple, q_lists: tuple, *arrays: jax.Array
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    q_NSH, k_KSH = arrays[:2]
+    (N, S, H), K, X, C = q_NSH.shape, len(k_KSH), rule.block_q, rule.block_k
+    full_IJ, room = _full(rule, end_S), num_visits(S, X, C)
+    dq_shape, dk_shape = (jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (q_NSH, k_KSH))
+
+    def in_specs(spec: _Specs) -> list:
+        return [spec.end, spec.q, spec.kv, spec.kv, spec.q, spec.number, spec.number]
+
+    spec = _Specs(rule, H, by_query=True)
+    visits, scratch = _visits(k_lists, full_IJ, room), [(X, H), (X, LANES), (X, LANES)]
+    call = _call(rule, _dq_kernel, (N,), visits, in_specs(spec), [(spec.q, dq_shape)], scratch)
+    (dq_NSH,) = call(end_S[None], *arrays)
+
+    spec = _Specs(rule, H, by_query=False)
+    visits, outputs = _visits(q_lists, full_IJ.T, room), [(spec.kv, dk_shape)] * 2
+    call = _call(rule, _dkv_kernel, (K, rule.num_groups), visits, in_specs(spec), outputs, [(C, H), (C, H)])
+    return dq_NSH, *call(end_S[None], *arrays)

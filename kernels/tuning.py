@@ -1,0 +1,55 @@
+"""Block sizes of tiled attention: what the user measured, else what ships, else a rule of thumb.
+
+A file of block sizes is JSON, by device kind a list of [tokens, block_q, block_k], for rows of at least that length.
+`python -m kernels.tune` measures and writes one; nothing is ever measured inside a job.
+"""
+
+import functools
+import json
+from pathlib import Path
+
+from kernels.compat import Target
+
+USER_FILE = Path.home() / ".config" / "jorch" / "kernel_blocks.json"
+SHIPPED_FILE = Path(__file__).with_name("kernel_blocks.json")
+LANES = 128
+
+
+def blocks(target: Target, num_tokens: int, files: tuple[Path, ...] = (USER_FILE, SHIPPED_FILE)) -> tuple[int, int]:
+    """(queries, keys) of a tile, for rows of `num_tokens` on a device.
+
+    Raises:
+        ValueError: a file that holds something else than block sizes.
+    """
+    for file in files:
+        fitting = [entry for entry in read(file).get(target.kind, ()) if entry[0] <= num_tokens]
+        if fitting:
+            _, block_q, block_k = max(fitting)
+            return block_q, block_k
+    return rule_of_thumb(target, num_tokens)
+
+
+def rule_of_thumb(target: Target, num_tokens: int) -> tuple[int, int]:
+    """What suits the kind of device, no more than the row needs."""
+    if target.backend == "tpu":
+        block = min(512, num_tokens + -num_tokens % LANES)
+        return block, block
+    return (128, 128) if target.backend == "gpu" else (256, 256)
+
+
+@functools.cache
+def read(file: Path) -> dict[str, list[tuple[int, int, int]]]:
+    """The entries of a file, read once a process; none where there is no file."""
+    if not file.exists():
+        return {}
+    try:
+        return {kind: [(int(t), int(q), int(k)) for t, q, k in entries] for kind, entries in _parsed(file).items()}
+    except (AttributeError, TypeError, ValueError):
+        raise ValueError(
+            f'{file}: not block sizes; must be JSON like {{"TPU v5 lite": [[8192, 512, 1024]]}}, tokens and the block '
+            "sizes of queries and keys; write it with `python -m kernels.tune`, or remove it"
+        ) from None
+
+
+def _parsed(file: Path) -> dict[str, list]:
+    return json.loads(file.read_text(encoding="utf-8"))
