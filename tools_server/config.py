@@ -126,8 +126,16 @@ class McpConfig(ToolSection):
         return self
 
 
+class SimulatedConfig(ToolSection):
+    """An entry of `experts` as a tool: its declared skill, price and, unless `latency_s` is set, latency."""
+
+    kind: Literal["simulated"]
+    expert: str = Field(description="name in the server's `experts`")
+
+
 ToolConfig = Annotated[
-    ConstantConfig | SearchConfig | WebSearchConfig | PythonConfig | ChatConfig | McpConfig, Field(discriminator="kind")
+    ConstantConfig | SearchConfig | WebSearchConfig | PythonConfig | ChatConfig | McpConfig | SimulatedConfig,
+    Field(discriminator="kind"),
 ]
 TOOL_KINDS: dict[str, type[ToolSection]] = {
     "constant": ConstantConfig,
@@ -136,6 +144,7 @@ TOOL_KINDS: dict[str, type[ToolSection]] = {
     "python": PythonConfig,
     "chat": ChatConfig,
     "mcp": McpConfig,
+    "simulated": SimulatedConfig,
 }
 
 
@@ -182,6 +191,14 @@ class ServerConfig(Section):
     def _dates_its_prices(self) -> "ServerConfig":
         if (self.prices is None) != (self.price_date is None):
             raise ValueError("set prices and price_date together")
+        return self
+
+    @model_validator(mode="after")
+    def _declares_its_experts(self) -> "ServerConfig":
+        for name, tool in self.tools.items():
+            if isinstance(tool, SimulatedConfig) and tool.expert not in self.experts:
+                known = ", ".join(self.experts) or "none"
+                raise ValueError(f"tools.{name}.expert: {tool.expert!r} is not among `experts`, which has {known}")
         return self
 
 

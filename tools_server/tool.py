@@ -8,6 +8,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
+from tools_server.config import Section
+
 SideEffect = Literal["pure", "read", "write"]
 """pure: depends on its arguments only; read: on the world too; write: changes the world."""
 
@@ -102,6 +104,8 @@ class CallContext:
     seed: int
     depth: int = 0
     """How many orchestrators stand above this one."""
+    simulation: Section | None = None
+    """What simulated experts know of the task (a `tools.simulated.Simulation`)."""
 
 
 class Tool(Protocol):

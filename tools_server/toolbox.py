@@ -13,6 +13,7 @@ from tools_server.config import (
     PythonConfig,
     SearchConfig,
     ServerConfig,
+    SimulatedConfig,
     WebSearchConfig,
 )
 from tools_server.errors import log
@@ -25,6 +26,7 @@ from tools_server.tools.constant import ConstantTool
 from tools_server.tools.mcp import McpServer
 from tools_server.tools.python import PythonTool
 from tools_server.tools.search import SearchTool, WebSearchTool
+from tools_server.tools.simulated import SimulatedTool
 
 
 class Source(Protocol):
@@ -63,6 +65,9 @@ class Toolbox:
                     self._sources.append(ChatTool(name, entry, price_of(name, entry, config, table)))
                 case McpConfig():
                     self._sources.append(McpServer(name, entry))
+                case SimulatedConfig():
+                    profile = config.experts[entry.expert]
+                    self._sources.append(SimulatedTool(name, entry, profile, config.seed, config.time_scale))
 
     async def start(self) -> None:
         """Raises ValueError where a tool cannot start or two have one name; what had started is closed again."""
