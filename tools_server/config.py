@@ -168,6 +168,13 @@ class ExpertProfile(Section):
     reliability: float = Field(1.0, ge=0, le=1, description="share of tasks on which it does not fail by chance")
 
 
+class ToolScaleConfig(Section):
+    """A user's own copy of ToolScale's domains; a folder a domain in each."""
+
+    data: Path = Field(description="folder of DOMAIN/db.json and policy.md")
+    code: Path = Field(description="folder of DOMAIN/data_model.py and tools.py; it runs in this server")
+
+
 class ServerConfig(Section):
     """Everything about a server but its token."""
 
@@ -175,6 +182,7 @@ class ServerConfig(Section):
     port: int = Field(8900, ge=0, le=65535, description="0 = a free one")
     experts: dict[str, ExpertProfile] = Field({}, description="catalogue of experts by name")
     tools: dict[str, ToolConfig] = Field({}, description="tools of the environment `tools`, by name")
+    toolscale: ToolScaleConfig | None = Field(None, description="copy of ToolScale's domains; None = none")
     prices: Path | None = Field(None, description="YAML table of dated model prices")
     price_date: date | None = Field(None, description="prices in force on this day are charged; needed with `prices`")
     recording: RecordingConfig | None = Field(None, description="recordings of tool calls; None = none")
@@ -245,7 +253,9 @@ def _model_of(location: list[str]) -> type[Section]:
     """The model that an error's location lies in."""
     if len(location) == 1:
         return ServerConfig
-    return TOOL_KINDS.get(location[2], ToolSection) if location[0] == "tools" and len(location) > 2 else ExpertProfile
+    if location[0] == "tools" and len(location) > 2:
+        return TOOL_KINDS.get(location[2], ToolSection)
+    return {"recording": RecordingConfig, "toolscale": ToolScaleConfig}.get(location[0], ExpertProfile)
 
 
 def _explain(error: Any) -> str:

@@ -72,7 +72,7 @@ def _to_json(row: Any) -> str:
     return json.dumps(row.model_dump(), sort_keys=True, default=str)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Domain:
     """What sessions of one domain share. `module` is tau2's; `database` is its pristine pydantic model."""
 
@@ -87,9 +87,8 @@ class Domain:
     tools: list[dict[str, Any]]
     """OpenAI function schemas."""
 
-    def messages(self, task_id: str) -> list[dict[str, Any]]:
-        """The chat with which a session starts: policy, user's opening, and what the task says was said before."""
-        task = self.tasks[task_id]
+    def messages(self, task: Any) -> list[dict[str, Any]]:
+        """The chat with which a session of tau2's `task` starts: policy, user's opening, and what was said before."""
         opening = OPENING + str(task.user_scenario)
         start = [{"role": "system", "content": self.policy}, {"role": "user", "content": opening}]
         return start + [_to_openai(message) for message in _history(task)]
@@ -123,8 +122,8 @@ def load_domain(name: str) -> Domain:
 
 @functools.cache
 def _load_domain(name: str) -> Domain:
-    module = _import_quietly(f"tau2.domains.{name}.environment")
-    _import_quietly("tau2.evaluator.evaluator_communicate")  # a missing package shows now, not at the verdict
+    module = import_quietly(f"tau2.domains.{name}.environment")
+    import_quietly("tau2.evaluator.evaluator_communicate")  # a missing package shows now, not at the verdict
     environment = module.get_environment()
     return Domain(
         module=module,
@@ -137,7 +136,7 @@ def _load_domain(name: str) -> Domain:
     )
 
 
-def _import_quietly(module: str) -> Any:
+def import_quietly(module: str) -> Any:
     """Import a module of tau2, which would log and read any `.env` file above its folder into os.environ."""
     switch = "PYTHON_DOTENV_DISABLED"
     before = os.environ.get(switch)
@@ -182,19 +181,22 @@ def _changes(domain: Domain, environment: Any) -> Any:
     return environment.get_db_hash(), environment.get_user_db_hash()
 
 
-@functools.cache
-def _gold_changes(domain_name: str, task_id: str) -> Any:
+def changes_of_gold(domain: Domain, task: Any) -> Any:
     """What the task's gold calls change. A gold call may fail: tau2 skips it, and so does its evaluator.
 
     Like tau2's evaluator, nothing carries changes over from one database to the other between the calls.
     """
-    domain = load_domain(domain_name)
-    task = domain.tasks[task_id]
     environment = domain.fresh_environment(task)
     for action in task.evaluation_criteria.actions or []:
         with contextlib.suppress(Exception):
             environment.make_tool_call(action.name, requestor=action.requestor, **action.arguments)
     return _changes(domain, environment)
+
+
+@functools.cache
+def _changes_of_gold(domain_name: str, task_id: str) -> Any:
+    domain = load_domain(domain_name)
+    return changes_of_gold(domain, domain.tasks[task_id])
 
 
 def _user_runs(actions: list[Any]) -> list[list[Any]]:
@@ -230,17 +232,19 @@ class Tau2Environment:
         """Raises ValueError where the package is missing or `setup` names no task."""
         if not all(isinstance(setup.get(key), str) for key in ("domain", "task_id")):
             raise ValueError(f'tau2 set-up {setup} needs strings "domain" and "task_id"')
-        user = setup.get("user", "silent")
-        if user not in USERS:
-            raise ValueError(f"tau2 user {user!r} is unknown; allowed: {', '.join(USERS)}")
-        self._domain_name, self._task_id = setup["domain"], setup["task_id"]
-        self._domain = domain = load_domain(self._domain_name)
-        if self._task_id not in domain.tasks:
+        domain, task_id = load_domain(setup["domain"]), setup["task_id"]
+        if task_id not in domain.tasks:
             raise ValueError(
-                f"tau2 domain {self._domain_name!r} has no task {self._task_id!r}; it has "
+                f"tau2 domain {domain.name!r} has no task {task_id!r}; it has "
                 f"{len(domain.tasks)}: {', '.join(list(domain.tasks)[:3])}, ..."
             )
-        self._task = domain.tasks[self._task_id]
+        self._begin(domain, domain.tasks[task_id], setup.get("user", "silent"))
+
+    def _begin(self, domain: Domain, task: Any, user: Any) -> None:
+        """Raises ValueError where there is no such user."""
+        if user not in USERS:
+            raise ValueError(f"tau2 user {user!r} is unknown; allowed: {', '.join(USERS)}")
+        self._domain, self._task = domain, task
         self._environment = domain.fresh_environment(self._task)
         self._runs = _user_runs(self._task.evaluation_criteria.actions or []) if user == "gold" else []
         self._calls = [call for message in _history(self._task) for call in getattr(message, "tool_calls", None) or []]
@@ -248,7 +252,7 @@ class Tau2Environment:
         self._messages: list[str] = []
         self._told = False
         self.tools = domain.tools
-        self.messages = domain.messages(self._task_id)
+        self.messages = domain.messages(task)
 
     def call(self, name: str, arguments: dict[str, Any]) -> Observation:
         """Run a tool, or (name="") tell the user `content`. Failures are observations."""
@@ -291,7 +295,10 @@ class Tau2Environment:
         return float(all(met[kind.value]() for kind in self._task.evaluation_criteria.reward_basis))
 
     def _has_gold_database(self) -> bool:
-        return _changes(self._domain, self._environment) == _gold_changes(self._domain_name, self._task_id)
+        return _changes(self._domain, self._environment) == self._gold_changes()
+
+    def _gold_changes(self) -> Any:
+        return _changes_of_gold(self._domain.name, self._task.id)
 
     def _meets_assertions(self) -> bool:
         """An assertion about something that is not there fails."""
