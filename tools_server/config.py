@@ -42,11 +42,28 @@ class ConstantConfig(ToolSection):
     )
 
 
+class EmbeddingsConfig(Section):
+    """A model behind an OpenAI-compatible `/embeddings` endpoint."""
+
+    url: str = Field(description="up to the version, e.g. http://127.0.0.1:8000/v1")
+    model: str
+    key_variable: str | None = Field(None, description="environment variable with the endpoint's key")
+    query_prefix: str = Field("", description="what the model wants before a query")
+    passage_prefix: str = Field("", description="what the model wants before a passage")
+    timeout_s: PositiveFloat = Field(30.0, description="of one attempt")
+    retries: int = Field(3, ge=0)
+
+
 class SearchConfig(ToolSection):
-    """Full-text search in an index that `python -m tools_server index` wrote."""
+    """Search in an index that `python -m tools_server index` wrote: by words, and with `embeddings` by meaning too."""
 
     kind: Literal["search"]
     index: Path
+    lexical: Literal["fts5", "bm25s"] = Field("fts5", description="engine for words; bm25s needs the extra `search`")
+    embeddings: EmbeddingsConfig | None = Field(
+        None, description="the model whose vectors the index holds; both rankings are fused by reciprocal rank"
+    )
+    fusion_depth: PositiveInt = Field(50, description="passages of each ranking that are fused")
     num_results: PositiveInt = 5
     max_characters: PositiveInt = Field(1200, description="of each passage that is shown")
 
@@ -57,6 +74,19 @@ class WebSearchConfig(ToolSection):
     kind: Literal["web_search"]
     url: str
     key_variable: str | None = Field(None, description="environment variable with the service's key")
+    num_results: PositiveInt = 5
+    max_characters: PositiveInt = Field(1200, description="of each passage that is shown")
+    retries: int = Field(3, ge=0)
+
+
+class OpenSearchConfig(ToolSection):
+    """Search in an index of an OpenSearch cluster, which `python -m tools_server index --opensearch` can fill."""
+
+    kind: Literal["opensearch"]
+    url: str
+    index: str = Field(pattern="^[a-z0-9][a-z0-9._-]*$")
+    key_variable: str | None = Field(None, description="environment variable with the key, or USER:PASSWORD for Basic")
+    key_scheme: Literal["Basic", "Bearer", "ApiKey"] = "Basic"
     num_results: PositiveInt = 5
     max_characters: PositiveInt = Field(1200, description="of each passage that is shown")
     retries: int = Field(3, ge=0)
@@ -134,13 +164,21 @@ class SimulatedConfig(ToolSection):
 
 
 ToolConfig = Annotated[
-    ConstantConfig | SearchConfig | WebSearchConfig | PythonConfig | ChatConfig | McpConfig | SimulatedConfig,
+    ConstantConfig
+    | SearchConfig
+    | WebSearchConfig
+    | OpenSearchConfig
+    | PythonConfig
+    | ChatConfig
+    | McpConfig
+    | SimulatedConfig,
     Field(discriminator="kind"),
 ]
 TOOL_KINDS: dict[str, type[ToolSection]] = {
     "constant": ConstantConfig,
     "search": SearchConfig,
     "web_search": WebSearchConfig,
+    "opensearch": OpenSearchConfig,
     "python": PythonConfig,
     "chat": ChatConfig,
     "mcp": McpConfig,

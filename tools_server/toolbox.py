@@ -10,6 +10,7 @@ from tools_server.config import (
     ChatConfig,
     ConstantConfig,
     McpConfig,
+    OpenSearchConfig,
     PythonConfig,
     SearchConfig,
     ServerConfig,
@@ -20,12 +21,13 @@ from tools_server.errors import log
 from tools_server.metrics import Metrics
 from tools_server.prices import load_prices, price_of
 from tools_server.recording import Recorder
+from tools_server.retrieval.opensearch import OpenSearchRetriever
 from tools_server.tool import CallContext, Tool, ToolOutput
 from tools_server.tools.chat import ChatTool
 from tools_server.tools.constant import ConstantTool
 from tools_server.tools.mcp import McpServer
 from tools_server.tools.python import PythonTool
-from tools_server.tools.search import SearchTool, WebSearchTool
+from tools_server.tools.search import SearchTool, WebSearchTool, retriever_of
 from tools_server.tools.simulated import SimulatedTool
 
 
@@ -56,7 +58,9 @@ class Toolbox:
                 case ConstantConfig():
                     self._sources.append(ConstantTool(name, entry))
                 case SearchConfig():
-                    self._sources.append(SearchTool(name, entry))
+                    self._sources.append(SearchTool(name, entry, retriever_of(entry)))
+                case OpenSearchConfig():
+                    self._sources.append(SearchTool(name, entry, OpenSearchRetriever(entry)))
                 case WebSearchConfig():
                     self._sources.append(WebSearchTool(name, entry))
                 case PythonConfig():
@@ -94,7 +98,7 @@ class Toolbox:
                 faults.append(str(error))
                 continue
             self._started.append(source)
-            if isinstance(source, ChatTool) and (fault := await source.fault()):
+            if isinstance(source, ChatTool | SearchTool) and (fault := await source.fault()):
                 faults.append(f"tools.{source.spec.name}: {fault}")
         await self.close()
         return faults
