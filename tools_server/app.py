@@ -15,6 +15,8 @@ from tools_server.config import TOKEN_VARIABLE, ServerConfig
 from tools_server.errors import BadRequest, errors_as_json
 from tools_server.mcp_facade import McpFacade
 from tools_server.metrics import CONTENT_TYPE
+from tools_server.sandbox.remote import PATH as PROGRAMS_PATH
+from tools_server.sandbox.remote import serve_program
 from tools_server.sessions import Answer, Sessions
 from tools_server.tool import hermes_text
 from tools_server.wire import API_VERSION, MAX_ITEMS, Call, ForkSession, OpenSession, to_json
@@ -44,6 +46,7 @@ def make_app(config: ServerConfig) -> web.Application:
             web.post("/v1/calls", call_tools),
             web.post("/v1/forks", fork_sessions),
             web.post("/v1/finish", finish_sessions),
+            web.post(PROGRAMS_PATH, run_program),
             web.get("/v1/experts", list_experts),
             web.get("/v1/tools", list_tools),
             web.get("/healthz", report_health),
@@ -83,6 +86,15 @@ async def finish_sessions(request: web.Request) -> web.Response:
             raise BadRequest(f"session_ids[{i}]: expected a string, got {type(name).__name__}")
     records = await _settle([request.app[SESSIONS].finish(name) for name in names])
     return _reply({"records": [to_json(record) for record in records]})
+
+
+async def run_program(request: web.Request) -> web.Response:
+    """For another server's tool of kind `remote_python`."""
+    try:
+        payload = json.loads(await request.read())
+    except (ValueError, RecursionError) as error:
+        raise BadRequest(f"the body is not JSON: {error}") from None
+    return _reply(await serve_program(payload, request.app[SESSIONS].toolbox.runners()))
 
 
 async def list_experts(request: web.Request) -> web.Response:

@@ -101,12 +101,31 @@ class PythonConfig(ToolSection):
     sandboxes: PositiveInt = Field(4, description="kept ready; as many programs run at once")
     python: str = Field("/usr/bin/python3", description="interpreter, seen inside at the same path")
     read_only: tuple[str, ...] = Field((), description="folders beside /usr that programs may read")
-    memory_bytes: PositiveInt = Field(512 * 1024**2, description="of each process")
+    memory_bytes: PositiveInt = Field(
+        512 * 1024**2, description="of each process; with cgroups, of all together (a quarter for files on top)"
+    )
     cpu_s: PositiveInt = Field(15, description="of each process")
     max_processes: PositiveInt = Field(32, description="processes and threads together")
     file_bytes: PositiveInt = Field(16 * 1024**2, description="of each file")
     output_bytes: PositiveInt = Field(64 * 1024, description="of stdout, and of stderr")
+    cgroups: Literal["auto", "require", "off"] = Field(
+        "auto", description="limits on all processes of a program together; auto: where this machine allows it"
+    )
     run_model_code_without_a_sandbox: bool = Field(False, description="true: programs may do what this server may")
+
+
+class RemotePythonConfig(ToolSection):
+    """Runs programs in the sandboxes of another tool server, whose tool's limits hold."""
+
+    kind: Literal["remote_python"]
+    timeout_s: PositiveFloat = Field(20.0, description="wall time of a program; the other tool's, if that is less")
+    usd_per_second: float = Field(0.0, ge=0, description="of a program's wall time")
+    url: str = Field(description="of the other server, e.g. http://10.0.0.7:8900")
+    tool: str = Field("python", description="name of the other server's tool of kind python")
+    key_variable: str | None = Field(None, description="environment variable with the other server's token")
+    concurrency: PositiveInt = Field(16, description="programs at once")
+    max_answer_bytes: PositiveInt = Field(4 * 1024**2, description="of one run's answer")
+    retries: int = Field(3, ge=0, description="after failures of the network or of the other server")
 
 
 class ChatConfig(ToolSection):
@@ -169,6 +188,7 @@ ToolConfig = Annotated[
     | WebSearchConfig
     | OpenSearchConfig
     | PythonConfig
+    | RemotePythonConfig
     | ChatConfig
     | McpConfig
     | SimulatedConfig,
@@ -180,6 +200,7 @@ TOOL_KINDS: dict[str, type[ToolSection]] = {
     "web_search": WebSearchConfig,
     "opensearch": OpenSearchConfig,
     "python": PythonConfig,
+    "remote_python": RemotePythonConfig,
     "chat": ChatConfig,
     "mcp": McpConfig,
     "simulated": SimulatedConfig,

@@ -12,6 +12,7 @@ from tools_server.config import (
     McpConfig,
     OpenSearchConfig,
     PythonConfig,
+    RemotePythonConfig,
     SearchConfig,
     ServerConfig,
     SimulatedConfig,
@@ -22,6 +23,7 @@ from tools_server.metrics import Metrics
 from tools_server.prices import load_prices, price_of
 from tools_server.recording import Recorder
 from tools_server.retrieval.opensearch import OpenSearchRetriever
+from tools_server.sandbox.remote import RemoteRunner, Runner
 from tools_server.tool import CallContext, Tool, ToolOutput
 from tools_server.tools.chat import ChatTool
 from tools_server.tools.constant import ConstantTool
@@ -63,7 +65,7 @@ class Toolbox:
                     self._sources.append(SearchTool(name, entry, OpenSearchRetriever(entry)))
                 case WebSearchConfig():
                     self._sources.append(WebSearchTool(name, entry))
-                case PythonConfig():
+                case PythonConfig() | RemotePythonConfig():
                     self._sources.append(PythonTool(name, entry))
                 case ChatConfig():
                     self._sources.append(ChatTool(name, entry, price_of(name, entry, config, table)))
@@ -98,7 +100,7 @@ class Toolbox:
                 faults.append(str(error))
                 continue
             self._started.append(source)
-            if isinstance(source, ChatTool | SearchTool) and (fault := await source.fault()):
+            if isinstance(source, ChatTool | SearchTool | PythonTool) and (fault := await source.fault()):
                 faults.append(f"tools.{source.spec.name}: {fault}")
         await self.close()
         return faults
@@ -108,6 +110,14 @@ class Toolbox:
         self._started.clear()
         if self.recorder is not None:
             self.recorder.close()
+
+    def runners(self) -> dict[str, tuple[Runner, float]]:
+        """What runs programs here, by tool, with the longest time of a program; other servers' are not passed on."""
+        return {
+            name: (tool.pool, tool.spec.timeout_s)
+            for name, tool in self.tools.items()
+            if isinstance(tool, PythonTool) and not isinstance(tool.pool, RemoteRunner)
+        }
 
     async def call(self, name: str, arguments: dict[str, Any], context: CallContext) -> ToolOutput:
         """One call whose arguments fit the schema. A bug of a tool's is an `infra_error`, never the model's fault."""
