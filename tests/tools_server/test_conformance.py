@@ -7,7 +7,14 @@ import sys
 
 import pytest
 
-from tools_server.conformance import VARIANTS, play_domain, script, write_names
+from tools_server.conformance import (
+    ALL_THAT_WAS_READ,
+    SILENT_USER,
+    VARIANTS,
+    play_domain,
+    script,
+    write_names,
+)
 from tools_server.envs import tau2
 
 if importlib.util.find_spec("tau2") is None:
@@ -16,10 +23,38 @@ else:
     pytestmark = pytest.mark.tau2
 
 MEASURED = {
-    "mock": {"gold": (8, 9), "no-op": (1, 9), "empty-arguments": (0, 7), "dropped-write": (0, 6)},
-    "airline": {"gold": (50, 50), "no-op": (19, 50), "empty-arguments": (13, 43), "dropped-write": (0, 30)},
-    "retail": {"gold": (114, 114), "no-op": (7, 114), "empty-arguments": (9, 112), "dropped-write": (2, 105)},
-    "telecom": {"gold": (114, 114), "no-op": (0, 114), "empty-arguments": (0, 91), "dropped-write": (0, 71)},
+    "mock": {
+        "gold": (8, 9),
+        "no-op": (1, 9),
+        "refuse": (2, 9),
+        "spam": (1, 9),
+        "empty-arguments": (0, 7),
+        "dropped-write": (0, 6),
+    },
+    "airline": {
+        "gold": (50, 50),
+        "no-op": (19, 50),
+        "refuse": (19, 50),
+        "spam": (20, 50),
+        "empty-arguments": (13, 43),
+        "dropped-write": (0, 30),
+    },
+    "retail": {
+        "gold": (114, 114),
+        "no-op": (7, 114),
+        "refuse": (7, 114),
+        "spam": (10, 114),
+        "empty-arguments": (9, 112),
+        "dropped-write": (2, 105),
+    },
+    "telecom": {
+        "gold": (114, 114),
+        "no-op": (0, 114),
+        "refuse": (20, 114),
+        "spam": (0, 114),
+        "empty-arguments": (0, 91),
+        "dropped-write": (0, 71),
+    },
 }
 """Tasks met, of those to which the variant applies."""
 
@@ -89,17 +124,22 @@ def oracle(domain, task, steps, user):
 @pytest.mark.parametrize(("domain", "every"), [("mock", 1), ("telecom", 4), ("airline", 25), ("retail", 57)])
 def test_verdicts_agree_with_taus_own_evaluators(domain, every):
     writes = write_names(domain)
+    names = {tool["function"]["name"] for tool in tau2.load_domain(domain).tools}
     seen = set()
     for task_id, task in list(tau2.load_domain(domain).tasks.items())[::every]:
         for variant in VARIANTS:
-            steps, user = script(task, variant, writes), "silent" if variant == "no-op" else "gold"
+            steps, user = script(task, variant, writes, names), "silent" if variant in SILENT_USER else "gold"
             if steps is None:
                 continue
             setup = {"domain": domain, "task_id": task_id, "user": user}
-            session, ended, number = tau2.Tau2Environment(setup, 0, None), False, 0
+            session, ended, number, read = tau2.Tau2Environment(setup, 0, None), False, 0, []
             while not ended:
-                ended = session.call(*steps[min(number, len(steps) - 1)]).ended
-                number += 1
+                name, arguments = steps[min(number, len(steps) - 1)]
+                if arguments.get("content") == ALL_THAT_WAS_READ:
+                    arguments["content"] = "\n".join(read)
+                observation = session.call(name, arguments)
+                ended, number = observation.ended, number + 1
+                read.append(observation.content)
             expected = oracle(domain, task, steps, user)
             assert session.outcome() == expected, (task_id, variant)
             seen.add(expected)
