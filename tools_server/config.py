@@ -138,6 +138,8 @@ class ChatConfig(ToolSection):
     key_variable: str | None = Field(None, description="environment variable with the endpoint's key")
     system: str | None = Field(None, description="system message")
     temperature: float | None = Field(None, ge=0)
+    top_p: float | None = Field(None, gt=0, le=1)
+    extra: dict[str, Any] = Field({}, description="further fields of the request, e.g. {reasoning_effort: low}")
     max_output_tokens: PositiveInt = 4096
     max_prompt_characters: PositiveInt = Field(200_000, description="longer prompts keep their beginning and end")
     max_answer_bytes: PositiveInt = Field(4 * 1024**2, description="of the endpoint's response")
@@ -227,6 +229,20 @@ class ExpertProfile(Section):
     reliability: float = Field(1.0, ge=0, le=1, description="share of tasks on which it does not fail by chance")
 
 
+class Tau2Config(Section):
+    """Who stands on the other side in tau2's and ToolScale's tasks, where a session does not say."""
+
+    user: Literal["silent", "gold", "llm"] = Field("silent", description="silent and gold are scripts")
+    user_model: str | None = Field(None, description="chat tool that plays the user llm")
+    judge: str | None = Field(None, description="chat tool that judges NL_ASSERTION; None = that part is left out")
+
+    @model_validator(mode="after")
+    def _has_its_model(self) -> "Tau2Config":
+        if self.user == "llm" and self.user_model is None:
+            raise ValueError("user: llm needs user_model, the name of a chat tool")
+        return self
+
+
 class ToolScaleConfig(Section):
     """A user's own copy of ToolScale's domains; a folder a domain in each."""
 
@@ -241,6 +257,9 @@ class ServerConfig(Section):
     port: int = Field(8900, ge=0, le=65535, description="0 = a free one")
     experts: dict[str, ExpertProfile] = Field({}, description="catalogue of experts by name")
     tools: dict[str, ToolConfig] = Field({}, description="tools of the environment `tools`, by name")
+    tau2: Tau2Config = Field(
+        default_factory=lambda: Tau2Config.model_validate({}), description="user and judge of tau2's tasks"
+    )
     toolscale: ToolScaleConfig | None = Field(None, description="copy of ToolScale's domains; None = none")
     prices: Path | None = Field(None, description="YAML table of dated model prices")
     price_date: date | None = Field(None, description="prices in force on this day are charged; needed with `prices`")
@@ -266,6 +285,9 @@ class ServerConfig(Section):
             if isinstance(tool, SimulatedConfig) and tool.expert not in self.experts:
                 known = ", ".join(self.experts) or "none"
                 raise ValueError(f"tools.{name}.expert: {tool.expert!r} is not among `experts`, which has {known}")
+        for name in (self.tau2.user_model, self.tau2.judge):
+            if name is not None and not isinstance(self.tools.get(name), ChatConfig):
+                raise ValueError(f"tau2: {name!r} is no tool of kind chat in `tools`")
         return self
 
 
@@ -314,7 +336,9 @@ def _model_of(location: list[str]) -> type[Section]:
         return ServerConfig
     if location[0] == "tools" and len(location) > 2:
         return TOOL_KINDS.get(location[2], ToolSection)
-    return {"recording": RecordingConfig, "toolscale": ToolScaleConfig}.get(location[0], ExpertProfile)
+    return {"recording": RecordingConfig, "toolscale": ToolScaleConfig, "tau2": Tau2Config}.get(
+        location[0], ExpertProfile
+    )
 
 
 def _explain(error: Any) -> str:

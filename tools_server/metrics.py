@@ -39,6 +39,12 @@ class Metrics:
         self._lag_s = Histogram(
             "tools_event_loop_lag_seconds", "How late the event loop is", buckets=SECONDS, registry=registry
         )
+        self._judged = Counter(
+            "tools_judge_verdicts",
+            "Verdicts of a model as judge, by whether the rule (exact match) says the same",
+            ["agrees"],
+            registry=registry,
+        )
         open_sessions = Gauge("tools_sessions_open", "Open sessions", registry=registry)
         open_sessions.set_function(num_sessions)
         self._children: dict[tuple[str, str | None], Counter] = {}
@@ -52,6 +58,9 @@ class Metrics:
 
     def count_finished(self, environment: str, error: str | None) -> None:
         self._finished.labels(environment, error or "none").inc()
+
+    def count_judged(self, agrees: bool) -> None:
+        self._judged.labels("yes" if agrees else "no").inc()
 
     def observe_tool(self, tool: str, work_s: float, wait_s: float) -> None:
         self._work_s.labels(tool).observe(work_s)

@@ -18,7 +18,7 @@ from typing import Any, TypeVar
 from tools_server import registry
 from tools_server.arguments import Check, compile_checks
 from tools_server.config import ServerConfig
-from tools_server.environment import Environment, Observation
+from tools_server.environment import Environment, InfrastructureFailure, Observation
 from tools_server.errors import BadRequest, log, name_and_line, one_line
 from tools_server.judge import Verifiers
 from tools_server.ledger import Ledger
@@ -112,7 +112,7 @@ class Session:
             kind = registry.environment_class(self.wanted.environment)
             environment = kind(self.wanted.setup, self.wanted.seed, self._config)
             self._checks = compile_checks(environment.tools) if environment.tools else {}
-        except ValueError as error:
+        except (ValueError, InfrastructureFailure) as error:
             return SessionOpened(self.wanted.session_id, error=one_line(error))
         except Exception as error:
             log.exception("session %s: its environment cannot be built", self.wanted.session_id)
@@ -133,6 +133,9 @@ class Session:
             return refusal
         try:
             return environment.call(call.name, call.arguments)
+        except InfrastructureFailure as failure:
+            self._error = "infra_error"
+            return Observation(call.name, one_line(failure), error="infra_error", ended=True)
         except Exception as error:
             log.exception("session %s: its environment failed on %s", call.session_id, call.name)
             self._error = "env_error"
@@ -161,6 +164,9 @@ class Session:
         if self._error is None and self._environment is not None:
             try:
                 outcome = float(self._environment.outcome())
+            except InfrastructureFailure as failure:
+                log.warning("session %s: %s", self.wanted.session_id, one_line(failure))
+                self._error = "infra_error"
             except Exception:
                 log.exception("session %s: its environment failed to judge", self.wanted.session_id)
                 self._error = "env_error"
@@ -202,7 +208,7 @@ class Sessions:
         self.toolbox = Toolbox(config, self.metrics)
         self._traces = TraceFile(config.traces) if config.traces is not None else None
         self.draining = False
-        self.verifiers = Verifiers(self.toolbox)
+        self.verifiers = Verifiers(self.toolbox, self.metrics)
         self._executor = ThreadPoolExecutor(config.worker_threads, thread_name_prefix="environment")
         self._sessions: dict[str, Session | ToolSession] = {}
         self._records: OrderedDict[str, tuple[float, SessionRecord]] = OrderedDict()

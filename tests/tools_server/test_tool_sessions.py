@@ -238,9 +238,14 @@ def test_unit_tests_and_a_judge_as_verifiers():
                     await outcome("4", "It is Lima", asked),
                     await outcome("5", "It is Lima", asked),
                 ]
-                return outcomes, len(fake.requests)
+                async with server.http.get(server.url + "/metrics") as response:
+                    counted = await response.text()
+                return outcomes, len(fake.requests), counted
 
-    outcomes, num_requests = asyncio.run(main())
+    outcomes, num_requests, counted = asyncio.run(main())
+    # Of the judge's two verdicts the rule (exact match) shares one.
+    assert 'tools_judge_verdicts_total{agrees="yes"} 1.0' in counted
+    assert 'tools_judge_verdicts_total{agrees="no"} 1.0' in counted
     assert [value for value, _ in outcomes] == [1.0, 0.0, 0.0, 1.0, 0.0, 0.0]
     assert outcomes[3][1] == {"judge": 1.0, "rule": 0.0}
     assert num_requests == 2  # the last verdict was known

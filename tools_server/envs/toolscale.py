@@ -31,7 +31,7 @@ from tools_server.envs import tau2
 from tools_server.errors import one_line
 
 DEFAULT_CLOCK = "2025-01-01T00:00:00"
-SETUP_KEYS = ("domain", "task", "user", "clock")
+SETUP_KEYS = ("domain", "task", "user", "replies", "clock")
 MAX_GOLD = 4096
 """Gold databases that are remembered."""
 
@@ -81,8 +81,8 @@ class ToolScaleEnvironment(tau2.Tau2Environment):
 
     setup = {"domain": "bank", "task": {...}, "user": "silent", "clock": "2025-01-01T00:00:00"}
 
-    "user" and "clock" (UTC) may be left out; seed plays no part. The verdict is tau2's, as is the scripted user; rows
-    have no `reward_basis`, for which tau2 takes DB and COMMUNICATE.
+    "user" and "clock" (UTC) may be left out. Users and verdict are tau2's; rows have no `reward_basis`, for which tau2
+    takes DB and COMMUNICATE.
     """
 
     def __init__(self, setup: dict[str, Any], seed: int, config: ServerConfig) -> None:
@@ -96,7 +96,7 @@ class ToolScaleEnvironment(tau2.Tau2Environment):
         self._task_json = json.dumps(setup["task"], sort_keys=True)
         domain = load_domain(setup["domain"], config.toolscale)
         with self._time_stands():
-            self._begin(domain, read_task(setup["task"]), setup.get("user", "silent"))
+            self._begin(domain, read_task(setup["task"]), setup, seed, config)
 
     def call(self, name: str, arguments: dict[str, Any]) -> Observation:
         with self._time_stands():

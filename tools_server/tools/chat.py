@@ -4,6 +4,7 @@ An expert may itself be an orchestrator whose server calls back into this one: e
 orchestrators stand above it, and `MAX_DEPTH` ends the recursion.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 from tools_server.config import ChatConfig
@@ -66,16 +67,37 @@ class ChatTool:
             messages.insert(0, {"role": "system", "content": self._config.system})
         return await self.ask(messages, context)
 
+    def _request(self, messages: list[dict[str, Any]], seed: int) -> dict[str, Any]:
+        config = self._config
+        sampling = {"temperature": config.temperature, "top_p": config.top_p}
+        return {
+            "model": config.model,
+            "messages": messages,
+            "max_tokens": config.max_output_tokens,
+            "seed": seed,
+            **{name: value for name, value in sampling.items() if value is not None},
+            **config.extra,
+        }
+
+    async def next_message(
+        self, messages: list[dict[str, Any]], seed: int, tools: Sequence[dict[str, Any]] = ()
+    ) -> dict[str, Any]:
+        """The assistant message that follows `messages`, with its tool calls. Raises what `Endpoint.post` does, and
+        ValueError where the answer is no chat completion.
+        """
+        payload = self._request(messages, seed) | ({"tools": list(tools)} if tools else {})
+        exchange = await self._endpoint.post("/chat/completions", payload)
+        try:
+            message = exchange.payload["choices"][0]["message"]
+        except (KeyError, IndexError, TypeError) as error:
+            raise ValueError(f"{self._config.url}: no chat completion ({type(error).__name__}: {error})") from None
+        if not isinstance(message, dict):
+            raise ValueError(f"{self._config.url}: a chat completion whose message is no object")
+        return message
+
     async def ask(self, messages: list[dict[str, Any]], context: CallContext) -> ToolOutput:
         """One completion of `messages`."""
-        payload: dict[str, Any] = {
-            "model": self._config.model,
-            "messages": messages,
-            "max_tokens": self._config.max_output_tokens,
-            "seed": context.seed,
-        }
-        if self._config.temperature is not None:
-            payload["temperature"] = self._config.temperature
+        payload = self._request(messages, context.seed)
         try:
             exchange = await self._endpoint.post("/chat/completions", payload, {DEPTH_HEADER: str(context.depth + 1)})
             content, usage = read_completion(exchange.payload)
