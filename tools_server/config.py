@@ -145,6 +145,8 @@ class ChatConfig(ToolSection):
     max_answer_bytes: PositiveInt = Field(4 * 1024**2, description="of the endpoint's response")
     concurrency: PositiveInt = Field(16, description="requests at once")
     requests_per_minute: PositiveFloat | None = None
+    tools: tuple[str, ...] = Field((), description="tools of this server that the model may call before it answers")
+    max_turns: PositiveInt = Field(8, description="of a model that may call tools")
     retries: int = Field(3, ge=0, description="after the first attempt, at failures that may pass")
     backoff_s: PositiveFloat = Field(1.0, description="before the first retry, then doubled, with jitter")
     breaker_failures: PositiveInt = Field(5, description="in a row, after which the endpoint is left alone")

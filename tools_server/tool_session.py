@@ -219,7 +219,7 @@ class ToolSession:
         return Observation(
             call.name,
             output.content,
-            self._prices[call.name].cost_usd(output.usage),
+            self._prices[call.name].cost_usd(output.usage) + output.inner_usd,
             billed_s(spec, output),
             output.error,
             ended=output.error == "infra_error",

@@ -28,6 +28,7 @@ from tools_server.tool import CallContext, Tool, ToolOutput
 from tools_server.tools.chat import ChatTool
 from tools_server.tools.constant import ConstantTool
 from tools_server.tools.mcp import McpServer
+from tools_server.tools.orchestrator import OrchestratorTool
 from tools_server.tools.python import PythonTool
 from tools_server.tools.search import SearchTool, WebSearchTool, retriever_of
 from tools_server.tools.simulated import SimulatedTool
@@ -68,7 +69,8 @@ class Toolbox:
                 case PythonConfig() | RemotePythonConfig():
                     self._sources.append(PythonTool(name, entry))
                 case ChatConfig():
-                    self._sources.append(ChatTool(name, entry, price_of(name, entry, config, table)))
+                    kind = OrchestratorTool if entry.tools else ChatTool
+                    self._sources.append(kind(name, entry, price_of(name, entry, config, table)))
                 case McpConfig():
                     self._sources.append(McpServer(name, entry))
                 case SimulatedConfig():
@@ -86,6 +88,9 @@ class Toolbox:
                         raise ValueError(f"two tools are called {tool.spec.name!r}: choose other names")
                     self.tools[tool.spec.name] = tool
             self.checks = compile_checks([tool.spec.openai for tool in self.tools.values()])
+            for tool in self.tools.values():
+                if isinstance(tool, OrchestratorTool):
+                    tool.bind(self)
         except BaseException:
             await self.close()
             raise

@@ -182,7 +182,7 @@ def test_what_is_refused(copy, tmp_path):
         return str(caught.value)
 
     assert refusal(domain="../library") == (f"toolscale domain '../library' is unknown; {copy['data']} has library")
-    assert refusal(user="llm").startswith("tau2 user 'llm' is unknown")
+    assert refusal(user="ghost").startswith("tau2 user 'ghost' is unknown")
     assert refusal(clock="noon") == "setup.clock: got 'noon', expected an ISO time such as '2025-01-01T00:00:00' (UTC)"
     without = {key: value for key, value in ROW.items() if key != "evaluation_criteria"}
     assert refusal(without) == "setup.task.evaluation_criteria: missing; nothing could be judged"

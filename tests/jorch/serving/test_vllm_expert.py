@@ -3,6 +3,7 @@
 import asyncio
 import json
 import os
+import random
 import subprocess
 import sys
 import urllib.request
@@ -14,6 +15,7 @@ from server_client import serving
 from jorch.export import hf, pretrained
 from jorch.export.heads import widen
 from jorch.serving.vllm import EXECUTABLE_VARIABLE, ServeOptions, vllm_server
+from jorch.synth import miniature
 
 pytestmark = [
     pytest.mark.vllm,
@@ -118,3 +120,25 @@ def test_check_asks_it(model_server, tmp_path):
     command = [sys.executable, "-m", "tools_server", str(tmp_path / "server.yaml"), "--check"]
     result = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert (result.returncode, result.stdout) == (0, "1/1 tools can be used\n")
+
+
+def test_an_orchestrator_as_an_expert_calls_tools(model_server):
+    """Quickstart's model does what it was trained for: it writes valid calls, which vLLM parses and the server carries out."""
+    url = model_server
+    role = {"type": "object", "properties": {"model": {"type": "string"}}, "required": ["model"]}
+    tools = {
+        name: {"kind": "constant", "answer": "documents", "parameters": role, "usd_per_call": 0.25, "latency_s": 1.0}
+        for name in ("search", "enhance_reasoning", "answer")
+    }
+    task = miniature.make_task(random.Random(0), False, "train-0", "train")
+    options = {"tools": list(tools), "max_turns": 1, "max_output_tokens": 64, "latency_s": None}
+
+    async def main():
+        async with serving(tools | {"orchestrator": expert(url, **options)}) as server:
+            await server.open()
+            return await server.call("0", "orchestrator", prompt=task.messages[-1]["content"])
+
+    result = asyncio.run(main())
+    assert (result["content"], result["error"]) == ("no answer after 1 turns", "tool_error")  # a call, no answer yet
+    assert 0.25 < result["cost_usd"] < 0.26
+    assert result["latency_s"] == pytest.approx(result["work_s"] + 1.0)
