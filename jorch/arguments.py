@@ -94,9 +94,12 @@ def _plain_parser(command: str) -> argparse.ArgumentParser:
             "source", type=Path, metavar="CKPT", help="folder of a training run, or what `jorch import` wrote"
         )
         parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder to write")
+        parser.add_argument("--step", type=int, metavar="N", help="which checkpoint of the run (default: the newest)")
         parser.add_argument(
             "--widen-heads", action="store_true", help="pad heads to a multiple of 32, as vLLM needs them on CPUs"
         )
+        lora = "of a run with lora: merged = added to its base (default); adapter = alone, in PEFT's format"
+        parser.add_argument("--lora", choices=("merged", "adapter"), help=lora)
     elif command == "verify":
         parser.add_argument("source", type=Path, metavar="CKPT", help="what `jorch import` or `jorch export` wrote")
         parser.add_argument("--against", type=Path, required=True, metavar="DIR", help="Qwen3 in safetensors")
@@ -104,8 +107,11 @@ def _plain_parser(command: str) -> argparse.ArgumentParser:
             "--python", metavar="PATH", help="interpreter with torch and transformers (default: jorch's own)"
         )
     else:
-        what = "loop: an RL step of the quickstart's model; kernels: attention and log-probabilities"
-        parser.add_argument("what", choices=["loop", "kernels"], help=what)
+        what = (
+            "loop: an RL step of the quickstart's model; kernels: attention and log-probabilities; "
+            "checkpoint: saving and restoring 1.2 GB in the working folder, with OCDBT and without"
+        )
+        parser.add_argument("what", choices=["loop", "kernels", "checkpoint"], help=what)
         parser.add_argument("--json", type=Path, metavar="FILE", help="write the numbers there as well")
         parser.add_argument(
             "--tokens",

@@ -96,7 +96,7 @@ def _measure_steps(folder: Path, num_steps: int) -> tuple[list[dict[str, float]]
         async with ToolClient(url, timeout_s=30, retries=3) as tools:
             driver = Driver(sampler, tools, start.tokenizer, config.chat, config.rollout)
             # As the loop does: weights from a train step are placed otherwise than freshly read ones.
-            sampler.publish(learner.state.params, 0)
+            sampler.publish(learner.params, 0)
             sampler.warm_up(append_tokens=3)
             with _compilations() as compiled, stage("RL steps", num_steps) as progress:
                 for step in range(num_steps):

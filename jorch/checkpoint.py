@@ -1,15 +1,23 @@
 """Orbax checkpoints of a run: the train state and, beside it, what must match when it is restored.
 
+    FOLDER/STEP/state     arrays: step, parameters, optimizer state
+    FOLDER/STEP/meta      JSON: resolved config, model, tokenizer's digest, seed, data position, checksum
+    FOLDER/STEP/metrics   JSON: the metric that picks the best one, where the config names it
+
 Saving is asynchronous and atomic: a kill at any moment leaves the previous checkpoint. All randomness and the data
-order are functions of (seed, step), so the step count is the whole of a run's position.
+order are functions of (seed, step), so the seed and the step count are the whole of a run's position; the position in
+Grain's order is written down beside them.
 """
 
 import contextlib
+import difflib
 import gc
+import math
 import sys
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from types import CoroutineType, TracebackType
 from typing import Any
@@ -18,10 +26,23 @@ import jax
 import jax.numpy as jnp
 from orbax.checkpoint import v1 as ocp
 
-from jorch.config import CheckpointConfig
+from jorch.config import CheckpointConfig, ModelConfig, RlConfig, SftConfig
+from jorch.metrics import METRICS
 from jorch.run_folder import naming
 
 _CHECKSUM = "checksum"
+_CONCURRENT_BYTES = 8 * 2**30
+"""Of host memory that tensorstore may have in flight beyond the arrays' own: a large state must not exhaust it."""
+
+
+def describe(config: RlConfig | SftConfig, model: ModelConfig, tokenizer_digest: str) -> dict[str, Any]:
+    """What is written beside every state of a run, and what a checkpoint must agree with in model and tokenizer."""
+    return {
+        "config": config.model_dump(mode="json"),
+        "model": model.architecture(),
+        "tokenizer_digest": tokenizer_digest,
+        "seed": config.seed,
+    }
 
 
 class Checkpoints:
@@ -31,16 +52,17 @@ class Checkpoints:
     """
 
     def __init__(self, folder: Path, config: CheckpointConfig, *, read_only: bool = False) -> None:
-        policies = ocp.training
+        """Raises ValueError where the config's metric does not exist, OSError where the folder cannot be made."""
         self._folder = folder
         self._config = config
+        _check_metric(config.best_metric)
         with naming(folder):
             # Any: Orbax types the arguments too narrowly for its own policies.
             training: Any = ocp.training
             self._checkpointer = training.Checkpointer(
                 folder.absolute(),
-                save_decision_policy=policies.save_decision_policies.FixedIntervalPolicy(config.every_steps),
-                preservation_policy=policies.preservation_policies.LatestN(config.keep),
+                save_decision_policy=training.save_decision_policies.FixedIntervalPolicy(config.every_steps),
+                preservation_policy=_preservation(config),
                 cleanup_tmp_directories=not read_only,
             )
 
@@ -49,40 +71,93 @@ class Checkpoints:
         latest = self._checkpointer.latest
         return None if latest is None else latest.step
 
-    def save(self, step: int, state: Any, meta: dict[str, Any], *, force: bool = False) -> None:
+    def is_due(self, step: int) -> bool:
+        """Whether the interval asks for a checkpoint at `step`."""
+        return step % self._config.every_steps == 0
+
+    def save(
+        self,
+        step: int,
+        state: Any,
+        meta: dict[str, Any],
+        *,
+        metrics: Mapping[str, float] | None = None,
+        force: bool = False,
+    ) -> None:
         """Start saving `state` (a pytree of global arrays) and `meta` (JSON) as step `step`.
 
-        Returns as soon as the arrays are copied to the host, so the caller may donate them. Outside of the
-        interval nothing happens unless `force` is set. Raises OSError naming the folder where this save cannot be
-        written, or the one before it could not.
+        Returns as soon as the arrays are copied to the host, so the caller may donate them. Outside of the interval
+        nothing happens unless `force` is set. `metrics` are those of the step that made the state; without them it
+        cannot become the best. Raises OSError naming the folder where this save cannot be written, or the one before
+        it could not.
         """
-        if self.latest_step() == step or not (force or step % self._config.every_steps == 0):
+        if self.latest_step() == step or not (force or self.is_due(step)):
             return
+        ranked = _ranked(metrics, self._config.best_metric)
         content = {"state": state, "meta": meta | {_CHECKSUM: int(_checksum(state))}}
+        with naming(self._folder), _context(state, self._config.ocdbt):
+            self._checkpointer.save_checkpointables_async(step, content, metrics=ranked, force=force)
+
+    def wait(self) -> None:
+        """Until the save in flight is complete. Raises OSError naming the folder where it could not be written."""
         with naming(self._folder):
-            self._checkpointer.save_checkpointables_async(step, content, force=force)
+            self._checkpointer.wait()
 
-    def restore(self, abstract_state: Any) -> tuple[Any, dict[str, Any], int]:
-        """(state, meta, step) of the newest checkpoint, onto the shardings of `abstract_state`.
+    def restore(
+        self, abstract_state: Any, belongs_to: Mapping[str, Any] | None = None, step: int | None = None
+    ) -> tuple[Any, dict[str, Any], int]:
+        """(state, meta, step) of a checkpoint, by default the newest, in the shardings and dtypes of `abstract_state`.
 
-        Raises ValueError where it is damaged or belongs to another model.
+        These need not be those that it was saved from: another mesh or number of devices reads its own parts, another
+        dtype is cast to. `belongs_to` is what `describe` says of this run.
+
+        Raises ValueError where it is damaged or belongs to another model or tokenizer.
         """
-        step = self.latest_step()
-        assert step is not None, "restore() without a checkpoint"
-        reason = ""
+        newest = self.latest_step()
+        assert newest is not None, "restore() without a checkpoint"
+        step = newest if step is None else step
+        if all(c.step != step for c in self._checkpointer.checkpoints):
+            there = ", ".join(str(c.step) for c in self._checkpointer.checkpoints)
+            raise ValueError(f"{self._folder} has no checkpoint of step {step}; there are {there}")
+        meta = self._read(step, lambda: self._checkpointer.load_checkpointables(step, {"meta": None}))["meta"]
+        difference = _difference(meta, belongs_to or {})
+        if difference:
+            raise ValueError(
+                f"checkpoint {self._folder / str(step)} is of another {difference}; "
+                "choose another out=, or pass --fresh to start again"
+            )
+        stored = self._read(step, lambda: self._stored(step, abstract_state))
+        with _context(stored):
+            state = self._read(step, lambda: self._checkpointer.load_checkpointables(step, {"state": stored}))["state"]
+        if meta.pop(_CHECKSUM, None) != int(_checksum(state)):
+            raise ValueError(self._unreadable(step, "its content does not match its checksum"))
+        return jax.tree.map(_as_dtype, state, abstract_state), meta, step
+
+    def _stored(self, step: int, wanted: Any) -> Any:
+        """`wanted`, in the types that the arrays are stored in. Raises ValueError for a difference in anything else."""
+        there = _by_name(self._checkpointer.checkpointables_metadata(step).metadata["state"])
+        here = _by_name(wanted)
+        for name in sorted(here.keys() ^ there.keys()):
+            raise ValueError(f"{name} is {'missing' if name in here else 'one array too many'}")
+        for name, array in here.items():
+            if tuple(there[name].shape) != array.shape:
+                raise ValueError(f"{name} has shape {tuple(there[name].shape)}; this run's is {array.shape}")
+        dtypes = iter([there[name].dtype for name in here])
+        return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, next(dtypes), sharding=x.sharding), wanted)
+
+    def _read(self, step: int, read: Callable[[], Any]) -> Any:
+        """What `read` gives. Raises ValueError naming the checkpoint where it fails."""
+        loaded, reason = None, ""
         with _dropping_coroutines_silently():
             try:
-                loaded = self._checkpointer.load_checkpointables(step, {"state": abstract_state, "meta": None})
+                loaded = read()
             except Exception as error:
-                loaded, reason = {}, _reason(error)
+                reason = _reason(error)
             if reason:
                 _wait_for_readers()
         if reason:
             raise ValueError(self._unreadable(step, reason))
-        state, meta = loaded["state"], loaded["meta"]
-        if meta.pop(_CHECKSUM, None) != int(_checksum(state)):
-            raise ValueError(self._unreadable(step, "its content does not match its checksum"))
-        return state, meta, step
+        return loaded
 
     def _unreadable(self, step: int, reason: str) -> str:
         before = [c.step for c in self._checkpointer.checkpoints if c.step < step]
@@ -98,6 +173,89 @@ class Checkpoints:
         # After a failure the first error is the one to report; a second one from closing would hide it.
         with contextlib.suppress(Exception) if error else naming(self._folder):
             self._checkpointer.close()
+
+
+def base_meta(init_from: str | None, frozen: Any) -> dict[str, Any]:
+    """What a checkpoint of an adapter says of its frozen base, which it does not hold; nothing where all is trained."""
+    return {} if frozen is None else {"base": {"init_from": init_from, _CHECKSUM: int(_checksum(frozen))}}
+
+
+def check_base(meta: dict[str, Any], init_from: str | None, frozen: Any) -> None:
+    """Raises ValueError where an adapter was trained on other frozen parameters than these."""
+    if frozen is not None and meta["base"][_CHECKSUM] != int(_checksum(frozen)):
+        raise ValueError(
+            f"init_from={init_from!r} holds other weights than those the adapter was trained on, which came from "
+            f"{meta['base']['init_from']!r}; restore them there, or pass --fresh to start again"
+        )
+
+
+def _check_metric(name: str | None) -> None:
+    if name is not None and name not in METRICS:
+        close = difflib.get_close_matches(name, METRICS, n=1)
+        hint = f"did you mean {close[0]!r}?" if close else "jorch/metrics.py lists all"
+        raise ValueError(f"checkpoint.best_metric={name!r} is no metric; {hint}")
+
+
+def _preservation(config: CheckpointConfig) -> Any:
+    policies: Any = ocp.training.preservation_policies
+    latest = policies.LatestN(config.keep)
+    name = config.best_metric
+    if name is None:
+        return latest
+    best = policies.BestN(
+        get_metric_fn=lambda metrics: metrics[name],
+        reverse=config.best_is == "lowest",
+        n=1,
+        keep_checkpoints_without_metrics=False,
+    )
+    return policies.AnyPreservationPolicy([latest, best])
+
+
+def _ranked(metrics: Mapping[str, float] | None, name: str | None) -> dict[str, float] | None:
+    """What Orbax is to rank a checkpoint by; what was not measured, or is no number, cannot be the best."""
+    if metrics is None or name is None or not math.isfinite(metrics.get(name, math.nan)):
+        return None
+    return {name: metrics[name]}
+
+
+def _context(state: Any, ocdbt: bool = True) -> ocp.Context:
+    context = ocp.Context()
+    context.array_options.saving.use_ocdbt = ocdbt
+    # Orbax refuses an array that is larger than the whole limit.
+    largest = max((math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(state)), default=0)
+    limit = max(_CONCURRENT_BYTES, 2 * largest)
+    context.memory_options.write_concurrent_bytes = limit
+    context.memory_options.read_concurrent_bytes = limit
+    return context
+
+
+def _difference(there: Mapping[str, Any], here: Mapping[str, Any]) -> str:
+    """How a checkpoint's model or tokenizer differs from this run's; empty where neither does."""
+    ours, theirs = here.get("model", {}), there.get("model", {})
+    keys = [key for key in ours if ours[key] != theirs.get(key)]
+    if keys:
+        return "model: " + ", ".join(f"{key}={theirs.get(key)} there, {ours[key]} here" for key in keys)
+    digest = "tokenizer_digest"
+    if digest in here and here[digest] != there.get(digest):
+        return f"tokenizer: sha256 {str(there.get(digest))[:12]}... there, {here[digest][:12]}... here"
+    return ""
+
+
+def _by_name(tree: Any) -> dict[str, Any]:
+    """Leaves by names such as params/layers/q, whether they lie in tuples or in what Orbax makes of these."""
+    return {
+        "/".join(str(getattr(key, "key", getattr(key, "name", getattr(key, "idx", "")))) for key in path): leaf
+        for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
+    }
+
+
+def _as_dtype(x: jax.Array, wanted: jax.ShapeDtypeStruct) -> jax.Array:
+    return x if x.dtype == wanted.dtype else _cast(x, wanted.dtype)
+
+
+@partial(jax.jit, static_argnums=1)
+def _cast(x: jax.Array, dtype: Any) -> jax.Array:
+    return x.astype(dtype)
 
 
 @jax.jit

@@ -3,7 +3,7 @@
     jorch COMMAND CONFIG.yaml [KEY=VALUE ...] [options]
 
 Exit status: 0; 2 where the user can mend it (one line on stderr); 1 where the tool server or the disk gave
-out (one line) or for an error of our own (a traceback); 130 after Ctrl-C (one line: how to go on).
+out (one line) or for an error of our own (a traceback); 130 after Ctrl-C, 143 after SIGTERM (one line: how to go on).
 """
 
 import argparse
@@ -20,7 +20,7 @@ from contextlib import contextmanager
 from types import TracebackType
 from typing import NoReturn
 
-from jorch import arguments, config_io
+from jorch import arguments, config_io, stopping
 
 MISTAKES = (
     errno.EACCES,
@@ -92,18 +92,19 @@ def main(argv: Sequence[str] | None = None) -> int:
             case "export":
                 from jorch.export import checkpoint
 
-                checkpoint.run(options.source, options.out, widen_heads=options.widen_heads)
+                checkpoint.run(
+                    options.source,
+                    options.out,
+                    step=options.step,
+                    widen_heads=options.widen_heads,
+                    lora=options.lora,
+                )
             case "serve":
                 from jorch.serving import vllm
 
                 vllm.serve(vllm.options(options), options.log)
             case "bench":
-                from jorch import bench, kernel_bench
-
-                if options.what == "kernels":
-                    kernel_bench.run(options.json, options.tokens)
-                else:
-                    bench.run_loop(options.json)
+                _bench(options)
             case "plan":
                 os.environ.setdefault("JAX_PLATFORMS", "cpu")  # what is planned for need not be here
                 from jorch.plan import command as planner
@@ -124,6 +125,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (Exception, KeyboardInterrupt) as error:
         return _report(error, argv)
     return 0
+
+
+def _bench(options: argparse.Namespace) -> None:
+    from jorch import bench, checkpoint_bench, kernel_bench
+
+    match options.what:
+        case "kernels":
+            kernel_bench.run(options.json, options.tokens)
+        case "checkpoint":
+            checkpoint_bench.run(options.json)
+        case "loop":
+            bench.run_loop(options.json)
 
 
 def _become_tool_server(options: argparse.Namespace) -> NoReturn:
@@ -174,6 +187,8 @@ def _report(error: BaseException, argv: list[str]) -> int:
         case KeyboardInterrupt():
             signal.signal(signal.SIGINT, signal.SIG_IGN)  # the rest takes a moment, and leaves nothing to stop
             line, status = f"interrupted{again}", 130
+        case stopping.Terminated():
+            line, status = f"{error}{again}", stopping.STATUS
         case ConnectionError():
             line, status = f"error: {error}{again}", 1
         case ChildProcessError():

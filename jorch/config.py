@@ -4,7 +4,7 @@ One model per stage: SftConfig, RlConfig, EvalConfig, QuickstartConfig. A YAML f
 overrides on the command line change single keys (`config_io.py`). Units stand in the names.
 """
 
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, model_validator
 
@@ -13,6 +13,9 @@ class Section(BaseModel):
     """A frozen group of keys; unknown keys are errors."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+
+
+Remat = Literal["none", "full", "save_attention", "offload"]
 
 
 class ModelConfig(Section):
@@ -31,7 +34,15 @@ class ModelConfig(Section):
     max_position_embeddings: PositiveInt = Field(default=40960, description="longest sequence, tokens")
     param_dtype: Literal["float32", "bfloat16"] = Field(default="float32", description="of stored parameters")
     compute_dtype: Literal["float32", "bfloat16"] = Field(default="float32", description="of activations")
-    remat: Literal["none", "full"] = Field(default="none", description="recompute layers in the backward pass")
+    remat: Remat = Field(
+        default="none",
+        description="what the backward pass recomputes. full: layers, from their inputs; save_attention: all of them "
+        "but attention; offload: as full, with the inputs in the host's memory",
+    )
+
+    def architecture(self) -> dict[str, Any]:
+        """What makes two models the same, whatever they are computed in."""
+        return self.model_dump(exclude={"param_dtype", "compute_dtype", "remat"})
 
     @model_validator(mode="after")
     def _heads(self) -> "ModelConfig":
@@ -51,12 +62,23 @@ class TokenizerConfig(Section):
 
 
 class ChatConfig(Section):
-    """How messages become tokens. Both styles only ever append, so a trajectory is one sample."""
+    """How messages become tokens."""
 
     style: Literal["compact", "qwen3"] = Field(
         default="compact",
         description="compact: messages only, one line an observation; qwen3: system block with tools' JSON",
     )
+    history: Literal["sampled", "template"] = Field(
+        default="sampled",
+        description="sampled: turns stay as they were said, so a trajectory is one sample; template: rendered again "
+        "each turn, as Qwen3's template does, which drops thoughts once the user speaks and then begins a new sample",
+    )
+
+    @model_validator(mode="after")
+    def _template(self) -> "ChatConfig":
+        if self.history == "template" and self.style != "qwen3":
+            raise ValueError("history=template needs style=qwen3, whose template it is")
+        return self
 
 
 class MeshConfig(Section):
@@ -68,8 +90,26 @@ class MeshConfig(Section):
     tensor: PositiveInt = Field(default=1, description="shards of heads, MLP and vocabulary")
 
 
+Matrix = Literal["q", "k", "v", "o", "gate", "up", "down"]
+
+
+class LoraConfig(Section):
+    """Train low-rank additions to frozen matrices, W + (alpha / rank) A B (LoRA, arXiv 2106.09685)."""
+
+    rank: PositiveInt = Field(default=16, description="R, columns of A and rows of B")
+    alpha: PositiveFloat = Field(default=32.0, description="the addition is scaled by alpha / rank")
+    targets: tuple[Matrix, ...] = Field(
+        default=("q", "k", "v", "o", "gate", "up", "down"), min_length=1, description="matrices of every layer"
+    )
+
+
 class OptimizerConfig(Section):
-    kind: Literal["adam", "muon"] = Field(default="adam", description="muon: matrices by Muon, the rest by Adam")
+    kind: Literal["adam", "adafactor", "muon"] = Field(
+        default="adam", description="adafactor: factored second moments; muon: matrices by Muon, the rest by Adam"
+    )
+    moment_dtype: Literal["float32", "bfloat16"] = Field(
+        default="float32", description="of the first moments of adam and muon; second ones are always float32"
+    )
     learning_rate: PositiveFloat = Field(description="peak; Adam's")
     muon_learning_rate: PositiveFloat = Field(default=0.02, description="peak; of matrices under muon")
     schedule: Literal["constant", "cosine", "linear"] = Field(default="constant", description="after warm-up")
@@ -185,6 +225,11 @@ class ServerSection(Section):
         return self
 
 
+def _check_lora(lora: LoraConfig | None, optimizer: OptimizerConfig) -> None:
+    if lora is not None and optimizer.kind == "muon":
+        raise ValueError("optimizer.kind=muon is for whole matrices; with lora, set optimizer.kind to adam")
+
+
 def _check_context(sampler: SamplerConfig, rollout: RolloutConfig) -> None:
     if rollout.max_prompt_tokens + rollout.max_tokens_per_turn > sampler.max_context_tokens:
         raise ValueError(
@@ -197,6 +242,11 @@ def _check_context(sampler: SamplerConfig, rollout: RolloutConfig) -> None:
 class CheckpointConfig(Section):
     every_steps: PositiveInt = Field(default=1, description="asynchronous save interval")
     keep: PositiveInt = Field(default=2, description="latest checkpoints kept")
+    best_metric: str | None = Field(
+        default=None, description="also keep the best one by this metric (jorch/metrics.py)"
+    )
+    best_is: Literal["highest", "lowest"] = Field(default="highest", description="which value of it is best")
+    ocdbt: bool = Field(default=True, description="pack all arrays of a process into one database, not a file a chunk")
 
 
 class MiniatureConfig(Section):
@@ -222,6 +272,7 @@ class SftConfig(Section):
     steps: PositiveInt = Field(description="optimizer steps")
     rows_per_step: PositiveInt = Field(default=64, description="demonstrations per step")
     batch: BatchConfig
+    lora: LoraConfig | None = Field(default=None, description="train an adapter of the frozen weights; null = all")
     optimizer: OptimizerConfig
     mesh: MeshConfig = MeshConfig()
     checkpoint: CheckpointConfig = CheckpointConfig(every_steps=100)
@@ -231,6 +282,14 @@ class SftConfig(Section):
     def _start(self) -> "SftConfig":
         if self.init_from is None and self.model is None:
             raise ValueError("init_from is null, so a model section with the dimensions is needed")
+        if self.init_from is None and self.lora is not None:
+            raise ValueError("init_from is null; lora adapts trained weights, so set init_from to their folder")
+        _check_lora(self.lora, self.optimizer)
+        best = self.checkpoint.best_metric
+        if best is not None and not best.startswith("train/"):
+            raise ValueError(
+                f"checkpoint.best_metric={best!r} is not measured by sft, which has train/loss and the like"
+            )
         return self
 
 
@@ -252,13 +311,18 @@ class RlConfig(Section):
     reward: RewardConfig = RewardConfig()
     algorithm: AlgorithmConfig = AlgorithmConfig()
     batch: BatchConfig
+    lora: LoraConfig | None = Field(default=None, description="train an adapter of the frozen weights; null = all")
     optimizer: OptimizerConfig
     mesh: MeshConfig = MeshConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     log_trajectories: int = Field(default=2, ge=0, description="groups written to trajectories.jsonl per step")
     param_dtype: Literal["float32", "bfloat16"] = Field(default="float32", description="of the trained parameters")
     compute_dtype: Literal["float32", "bfloat16"] = Field(default="float32", description="of activations")
-    remat: Literal["none", "full"] = Field(default="none", description="recompute layers in the backward pass")
+    remat: Remat = Field(
+        default="none",
+        description="what the backward pass recomputes. full: layers, from their inputs; save_attention: all of them "
+        "but attention; offload: as full, with the inputs in the host's memory",
+    )
 
     @model_validator(mode="after")
     def _fits(self) -> "RlConfig":
@@ -266,6 +330,7 @@ class RlConfig(Section):
             raise ValueError(
                 f"tasks_per_step={self.tasks_per_step} is not a multiple of num_minibatches={self.num_minibatches}"
             )
+        _check_lora(self.lora, self.optimizer)
         _check_context(self.sampler, self.rollout)
         if self.sampler.max_context_tokens > self.batch.row_tokens:
             raise ValueError(

@@ -1,10 +1,10 @@
 """Floating-point operations of training a Qwen3, counted from its dimensions: what `plan` and MFU divide by.
 
-A multiply-add is two operations; the backward pass costs twice the forward pass; recomputation is not counted, and
-neither are norms, rotary embeddings and softmax. Needs no jax.
+A multiply-add is two operations; the backward pass costs twice the forward pass, and once where a matrix is frozen;
+recomputation is not counted, and neither are norms, rotary embeddings and softmax. Needs no jax.
 """
 
-from jorch.config import ModelConfig
+from jorch.config import LoraConfig, ModelConfig
 
 PEAK_FLOPS = {"v5e": 197e12, "v5p": 459e12, "v6e": 918e12, "a100": 312e12, "h100": 989e12, "h200": 989e12}
 """Accelerator -> bfloat16 FLOP/s of one device without sparsity, from the vendors' data sheets."""
@@ -33,12 +33,25 @@ def matmul_params(config: ModelConfig) -> int:
     return config.num_hidden_layers * layer + config.vocab_size * D
 
 
-def train_flops(config: ModelConfig, num_tokens: float, num_pairs: float) -> float:
+def adapter_params(config: ModelConfig, lora: LoraConfig) -> int:
+    """Parameters of the adapter: rank x (inputs + outputs) of every target."""
+    D, F, H = config.hidden_size, config.intermediate_size, config.head_dim
+    N, K = config.num_attention_heads, config.num_key_value_heads
+    widths = {"q": D + N * H, "k": D + K * H, "v": D + K * H, "o": N * H + D, "gate": D + F, "up": D + F, "down": F + D}
+    return config.num_hidden_layers * lora.rank * sum(widths[name] for name in set(lora.targets))
+
+
+def train_flops(config: ModelConfig, num_tokens: float, num_pairs: float, lora: LoraConfig | None = None) -> float:
     """6 P tokens + 12 L N H pairs, forward and backward (Kaplan et al. 2020, section 2.1; PaLM, appendix B).
+
+    With `lora` (4 P + 6 A) tokens + 12 L N H pairs, where A are the adapter's parameters.
 
     Args:
         num_pairs: (query, key) pairs that attention computes: T (T + 1) / 2 for a causal row of T tokens, T * T where
             the masked half is counted as if it were computed ("dense equivalent").
     """
     width = config.num_hidden_layers * config.num_attention_heads * config.head_dim
-    return 6.0 * matmul_params(config) * num_tokens + 12.0 * width * num_pairs
+    per_token = 6.0 * matmul_params(config)
+    if lora is not None:
+        per_token = 4.0 * matmul_params(config) + 6.0 * adapter_params(config, lora)
+    return per_token * num_tokens + 12.0 * width * num_pairs

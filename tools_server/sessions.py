@@ -1,35 +1,31 @@
-"""Sessions: one environment and its bill per trajectory; opened, called in order, finished exactly once.
+"""All sessions of a server: opened, called, forked, finished exactly once, and forgotten when nobody uses them.
 
-What can be answered at once is answered at once, without a task: that is the hot path of simulated experts.
-The rest (environments whose calls block, or billed latency that is slept) runs as one task per call, in
-order within a session and side by side across sessions. A method of `Sessions` returns the answer or the
-task that will have it.
+A method of `Sessions` returns the answer, or the task that will have it where it cannot be had at once.
 """
 
 import asyncio
 import functools
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from tools_server import registry
-from tools_server.arguments import Check, compile_checks
 from tools_server.config import ServerConfig
-from tools_server.environment import Environment, InfrastructureFailure, Observation
-from tools_server.errors import BadRequest, log, name_and_line, one_line
+from tools_server.deadlines import Deadlines
+from tools_server.errors import Busy, Conflict, UnknownSession, log, one_line
 from tools_server.judge import Verifiers
-from tools_server.ledger import Ledger
 from tools_server.metrics import Metrics
+from tools_server.session import Answer, Session
+from tools_server.spans import Spans
 from tools_server.tool_session import ToolSession
 from tools_server.toolbox import Toolbox
 from tools_server.trace import Trace, TraceFile
-from tools_server.wire import Call, CallResult, ForkSession, OpenSession, SessionOpened, SessionRecord
+from tools_server.wire import Call, CallResult, ForkSession, OpenSession, SessionOpened, SessionRecord, Snapshot
 
 T = TypeVar("T")
-Answer = T | asyncio.Future[T]
 
 
 def _then(answer: Answer[T], action: Callable[[T], None]) -> Answer[T]:
@@ -41,171 +37,16 @@ def _then(answer: Answer[T], action: Callable[[T], None]) -> Answer[T]:
     return answer
 
 
-async def _awaited(answer: Answer[T]) -> T:
-    found: Any = answer
-    return await found if isinstance(found, asyncio.Future) else found
-
-
-class Session:
-    """One trajectory's world. Every public method may be repeated: the first answer stands."""
-
-    def __init__(self, wanted: OpenSession, config: ServerConfig, executor: ThreadPoolExecutor) -> None:
-        self.wanted = wanted
-        self.last_used_s = time.monotonic()
-        self.opened: Answer[SessionOpened]
-        self.record: Answer[SessionRecord] | None = None
-        self._config = config
-        self._executor = executor
-        self._environment: Environment | None = None
-        self._checks: Mapping[str, Check] = {}
-        self._ledger = Ledger()
-        self._answers: dict[str, tuple[Call, Answer[CallResult]]] = {}
-        self._in_order = asyncio.Lock()  # fair: waiters go in the order in which they came
-        self._over = False
-        self._error: str | None = None
-        kind = registry.imported(wanted.environment)
-        self._blocking = kind is None or kind.blocking  # an import blocks too
-        self.opened = asyncio.create_task(self._open_off_loop()) if self._blocking else self._open()
-
-    @property
-    def busy(self) -> bool:
-        """Whether a task of this session is under way."""
-        return self._in_order.locked() or (isinstance(self.opened, asyncio.Future) and not self.opened.done())
-
-    @property
-    def _immediate(self) -> bool:
-        return not self._blocking and self._config.time_scale == 0 and not self._in_order.locked()
-
-    def call(self, call: Call) -> Answer[CallResult]:
-        """Raises BadRequest where another call had this call_id."""
-        known = self._answers.get(call.call_id)
-        if known is not None:
-            if known[0] != call:
-                raise BadRequest(
-                    f"session {call.session_id!r}: call_id {call.call_id!r} was used before with another "
-                    "name or arguments; session ids must be unique per trajectory, call ids within a session"
-                )
-            return known[1]
-        self.last_used_s = time.monotonic()
-        if self._immediate:
-            answer = self._book(call, self._observe(call))
-        else:
-            answer = asyncio.create_task(self._call_in_order(call))
-        self._answers[call.call_id] = (call, answer)
-        return answer
-
-    def finish(self) -> Answer[SessionRecord]:
-        if self.record is None:
-            self.record = self._judge() if self._immediate else asyncio.create_task(self._finish_in_order())
-        return self.record
-
-    def history(self) -> list[tuple[Call, CallResult]]:
-        """The calls that have their result, in the order in which they were asked for."""
-        return [
-            (call, answer.result() if isinstance(answer, asyncio.Future) else answer)
-            for call, answer in self._answers.values()
-            if not isinstance(answer, asyncio.Future) or answer.done()
-        ]
-
-    def _open(self) -> SessionOpened:
-        try:
-            kind = registry.environment_class(self.wanted.environment)
-            environment = kind(self.wanted.setup, self.wanted.seed, self._config)
-            self._checks = compile_checks(environment.tools) if environment.tools else {}
-        except (ValueError, InfrastructureFailure) as error:
-            return SessionOpened(self.wanted.session_id, error=one_line(error))
-        except Exception as error:
-            log.exception("session %s: its environment cannot be built", self.wanted.session_id)
-            return SessionOpened(self.wanted.session_id, error=f"env_error: {name_and_line(error)}")
-        self._blocking = kind.blocking
-        self._environment = environment
-        return SessionOpened(self.wanted.session_id, environment.tools, environment.messages)
-
-    def _observe(self, call: Call) -> Observation:
-        """What the environment says to `call`, or why it never sees it."""
-        environment = self._environment
-        if environment is None:
-            return Observation(call.name, "the session was refused", error="unknown_session", ended=True)
-        if self._over:
-            return Observation(call.name, "the session is over", error="session_over", ended=True)
-        refusal = self._refusal(call) if self._checks else None
-        if refusal is not None:
-            return refusal
-        try:
-            return environment.call(call.name, call.arguments)
-        except InfrastructureFailure as failure:
-            self._error = "infra_error"
-            return Observation(call.name, one_line(failure), error="infra_error", ended=True)
-        except Exception as error:
-            log.exception("session %s: its environment failed on %s", call.session_id, call.name)
-            self._error = "env_error"
-            content = f"the environment failed: {type(error).__name__}"
-            return Observation(call.name, content, error="env_error", ended=True)
-
-    def _refusal(self, call: Call) -> Observation | None:
-        if not call.name:
-            if isinstance(call.arguments.get("content"), str):
-                return None
-            return Observation("", "$.content: a message is a string", error="invalid_arguments")
-        check = self._checks.get(call.name)
-        if check is None:
-            content = f"unknown tool; allowed: {', '.join(self._checks)}"
-            return Observation(call.name, content, error="unknown_tool")
-        mistake = check(call.arguments)
-        return Observation(call.name, mistake, error="invalid_arguments") if mistake else None
-
-    def _book(self, call: Call, observation: Observation) -> CallResult:
-        self._ledger.charge(observation)
-        self._over = self._over or observation.ended
-        return CallResult(call.session_id, call.call_id, *observation)
-
-    def _judge(self) -> SessionRecord:
-        outcome = 0.0
-        if self._error is None and self._environment is not None:
-            try:
-                outcome = float(self._environment.outcome())
-            except InfrastructureFailure as failure:
-                log.warning("session %s: %s", self.wanted.session_id, one_line(failure))
-                self._error = "infra_error"
-            except Exception:
-                log.exception("session %s: its environment failed to judge", self.wanted.session_id)
-                self._error = "env_error"
-        self._over = True
-        bill = self._ledger
-        return SessionRecord(
-            self.wanted.session_id, outcome, bill.cost_usd, bill.latency_s, bill.tool_counts, self._error
-        )
-
-    async def _open_off_loop(self) -> SessionOpened:
-        async with self._in_order:
-            return await self._off_loop(self._open)
-
-    async def _call_in_order(self, call: Call) -> CallResult:
-        async with self._in_order:
-            observation = await self._off_loop(self._observe, call)
-            result = self._book(call, observation)
-            await asyncio.sleep(observation.latency_s * self._config.time_scale)
-            self.last_used_s = time.monotonic()
-            return result
-
-    async def _finish_in_order(self) -> SessionRecord:
-        async with self._in_order:
-            return await self._off_loop(self._judge)
-
-    async def _off_loop(self, function: Callable[..., T], *args: Any) -> T:
-        if not self._blocking:
-            return function(*args)
-        return await asyncio.get_running_loop().run_in_executor(self._executor, function, *args)
-
-
 class Sessions:
     """All sessions of a server: at most `max_sessions` open ones, and as many records of finished ones."""
 
     def __init__(self, config: ServerConfig) -> None:
-        """Raises ValueError where the config names a price that is not to be had."""
+        """Raises ValueError where the config names a price that is not to be had, or a package is missing."""
         self._config = config
         self.metrics = Metrics(self.__len__)
-        self.toolbox = Toolbox(config, self.metrics)
+        self.deadlines = Deadlines(config.abandon_s)
+        self.spans = Spans(config.spans_url)
+        self.toolbox = Toolbox(config, self.metrics, self.spans)
         self._traces = TraceFile(config.traces) if config.traces is not None else None
         self.draining = False
         self.verifiers = Verifiers(self.toolbox, self.metrics)
@@ -216,6 +57,18 @@ class Sessions:
     def __len__(self) -> int:
         """Open sessions."""
         return len(self._sessions)
+
+    def admit_sessions(self, names: Iterable[str]) -> None:
+        """Raises Busy where so many more may not be open."""
+        most = self._config.max_sessions
+        new = {name for name in names if name not in self._sessions and name not in self._records}
+        if new and len(self) + len(new) > most and len(self) - self.forget_idle() + len(new) > most:
+            raise Busy(f"{len(self)} sessions are open, {len(new)} more were asked for, max_sessions is {most}")
+
+    def admit_calls(self, count: int) -> None:
+        """Raises Busy where so many more may not be under way."""
+        if len(self.deadlines) and len(self.deadlines) + count > self._config.max_calls:
+            raise Busy(f"{len(self.deadlines)} calls are under way, max_calls is {self._config.max_calls}")
 
     def open(self, wanted: OpenSession) -> Answer[SessionOpened]:
         """A refusal is an answer with `error` set."""
@@ -229,20 +82,15 @@ class Sessions:
             return SessionOpened(name, error=f"session {name!r} is finished; choose another session_id")
         if self.draining:
             return SessionOpened(name, error="the server is stopping; open the session on another one")
-        if len(self._sessions) >= self._config.max_sessions and not self.forget_idle():
-            return SessionOpened(
-                name,
-                error=f"{len(self)} sessions are open, all that max_sessions allows; finish some or raise it",
-            )
         if wanted.environment == registry.TOOLS:
-            session = ToolSession(wanted, self.toolbox, self.verifiers)
+            session = ToolSession(wanted, self.toolbox, self.verifiers, self.deadlines)
         else:
-            session = Session(wanted, self._config, self._executor)
+            session = Session(wanted, self._config, self._executor, self.deadlines)
         self._sessions[name] = session
         return _then(session.opened, self._drop_refused)
 
     def call(self, call: Call) -> Answer[CallResult]:
-        """Raises BadRequest where another call of its session had this call_id."""
+        """Raises Conflict where another call of its session had this call_id."""
         session = self._sessions.get(call.session_id)
         if session is not None:
             return session.call(call)
@@ -255,37 +103,48 @@ class Sessions:
     def fork(self, fork: ForkSession) -> Answer[SessionOpened]:
         """A refusal is an answer with `error` set."""
         source = self._sessions.get(fork.session_id)
-        if source is None:
-            return SessionOpened(fork.new_session_id, error=f"session {fork.session_id!r} is not open here")
-        if fork.new_session_id in self._sessions:
-            return self._sessions[fork.new_session_id].opened
-        if source.busy:
-            return SessionOpened(fork.new_session_id, error=f"session {fork.session_id!r} has calls under way")
-        history = source.history()
-        num_calls = len(history) if fork.num_calls == -1 else fork.num_calls
-        if not 0 <= num_calls <= len(history):
-            line = f"num_calls: got {num_calls}, session {fork.session_id!r} has {len(history)} calls"
-            return SessionOpened(fork.new_session_id, error=line)
-        return asyncio.create_task(self._fork(source.wanted, history[:num_calls], fork.new_session_id))
+        name = fork.new_session_id
+        if name in self._sessions:
+            return self._sessions[name].opened
+        if source is None or name in self._records or self.draining:
+            reason = f"session {fork.session_id!r} is not open here"
+            if source is not None:
+                reason = "the server is stopping" if self.draining else f"session {name!r} is finished"
+            return SessionOpened(name, error=reason)
+        try:
+            num_calls = self._checked_calls(source, fork.num_calls)
+            session = source.fork(replace(source.wanted, session_id=name), num_calls)
+        except Conflict as error:
+            return SessionOpened(name, error=one_line(error))
+        self._sessions[name] = session
+        return _then(session.opened, self._drop_refused)
 
-    async def _fork(
-        self, wanted: OpenSession, history: list[tuple[Call, CallResult]], new_session_id: str
-    ) -> SessionOpened:
-        """A deterministic environment plays the calls again; tools outside are not asked twice."""
-        opened = await _awaited(self.open(replace(wanted, session_id=new_session_id)))
-        if opened.error is not None:
-            return opened
-        session = self._sessions[new_session_id]
-        error = session.adopt(history) if isinstance(session, ToolSession) else None
-        for call, result in history if isinstance(session, Session) else ():
-            again = await _awaited(session.call(replace(call, session_id=new_session_id)))
-            if again != replace(result, session_id=new_session_id):
-                error = f"call {call.call_id!r} is answered otherwise when it is repeated"
-                break
-        if error is not None:
-            del self._sessions[new_session_id]
-            return SessionOpened(new_session_id, error=error)
-        return opened
+    def snapshot(self, session_id: str) -> Snapshot:
+        """Where the session stands; renews its lease. Raises UnknownSession, and Conflict while calls are under way."""
+        session = self._known(session_id)
+        session.last_used_s = time.monotonic()
+        return Snapshot(session_id, self._checked_calls(session, -1), session.state)
+
+    def renew(self, session_id: str) -> Snapshot:
+        """Begin the session's lease anew. Raises UnknownSession."""
+        session = self._known(session_id)
+        session.last_used_s = time.monotonic()
+        return Snapshot(session_id, len(session.history()))
+
+    async def restore(self, session_id: str, num_calls: int) -> Snapshot:
+        """Take back all calls but the first `num_calls`. Raises UnknownSession, and Conflict where that cannot be."""
+        session = self._known(session_id)
+        if session.record is not None:
+            raise Conflict(f"session {session_id!r} is being judged")
+        await session.restore(self._checked_calls(session, num_calls))
+        return self.snapshot(session_id)
+
+    def delete(self, session_id: str) -> bool:
+        """Forget a session and its record, and end its calls; whether there was one."""
+        session = self._sessions.pop(session_id, None)
+        if session is not None:
+            session.cancel()
+        return self._records.pop(session_id, None) is not None or session is not None
 
     def finish(self, session_id: str) -> Answer[SessionRecord]:
         """The verdict; of a session that is not known here, a record with error "unknown_session"."""
@@ -325,9 +184,26 @@ class Sessions:
     async def close(self) -> None:
         """Start no further blocking work, and end the tools."""
         await self.toolbox.close()
+        await self.spans.close()
         if self._traces is not None:
             self._traces.close()
         self._executor.shutdown(wait=False, cancel_futures=True)
+
+    def _known(self, session_id: str) -> Session | ToolSession:
+        session = self._sessions.get(session_id)
+        if session is None:
+            raise UnknownSession(f"session {session_id!r} is not open here")
+        return session
+
+    def _checked_calls(self, session: Session | ToolSession, num_calls: int) -> int:
+        """`num_calls`, -1 meaning all. Raises Conflict where there are not as many, or some are under way."""
+        name = session.wanted.session_id
+        if session.busy:
+            raise Conflict(f"session {name!r} has calls under way")
+        there = len(session.history())
+        if not -1 <= num_calls <= there:
+            raise Conflict(f"num_calls: got {num_calls}, session {name!r} has {there} calls")
+        return there if num_calls == -1 else num_calls
 
     def _drop_refused(self, opened: SessionOpened) -> None:
         if opened.error is not None:

@@ -13,8 +13,9 @@ from typing import Any
 from pydantic import Field, ValidationError
 
 from tools_server.config import Section
+from tools_server.deadlines import Deadlines
 from tools_server.environment import Observation
-from tools_server.errors import UNBILLED, BadRequest, log
+from tools_server.errors import UNBILLED, Conflict, log
 from tools_server.judge import Verifiers
 from tools_server.ledger import Ledger
 from tools_server.tool import CallContext, Price, billed_s
@@ -25,6 +26,8 @@ from tools_server.wire import Call, CallResult, OpenSession, SessionOpened, Sess
 
 Verify = Callable[[Any, str, str], Awaitable[Verdict]]
 """(verifier, question, answer) -> verdict."""
+CANCELLED = Observation("", "cancelled", error="cancelled")
+CUT = Observation("", "cancelled half-way", error="infra_error", ended=True)
 
 
 class SessionPrice(Section):
@@ -74,12 +77,14 @@ class ToolsSetup(Section):
 class ToolSession:
     """One trajectory. Like `sessions.Session`, every public method may be repeated: the first answer stands."""
 
-    def __init__(self, wanted: OpenSession, toolbox: Toolbox, verifiers: Verifiers) -> None:
+    def __init__(self, wanted: OpenSession, toolbox: Toolbox, verifiers: Verifiers, deadlines: Deadlines) -> None:
         self.wanted = wanted
+        self.state = ""  # the tools' world lies outside
         self.last_used_s = time.monotonic()
         self.record: SessionRecord | asyncio.Task[SessionRecord] | None = None
         self._toolbox = toolbox
         self._verifiers = verifiers
+        self._deadlines = deadlines
         self._setup = ToolsSetup.model_validate({})
         self._names: tuple[str, ...] = ()
         self._prices: Mapping[str, Price] = {}
@@ -97,18 +102,17 @@ class ToolSession:
         return bool(self._pending) or judging
 
     def call(self, call: Call) -> asyncio.Future[CallResult]:
-        """Raises BadRequest where another call had this call_id."""
+        """Raises Conflict where another call had this call_id."""
         self.last_used_s = time.monotonic()
         known = self._answers.get(call.call_id)
         if known is not None:
             if known[0] != call:
-                raise BadRequest(
+                raise Conflict(
                     f"session {call.session_id!r}: call_id {call.call_id!r} was used before "
                     "with another name or arguments"
                 )
             return known[1]
-        tool = self._toolbox.tools.get(call.name) if call.name in self._names else None
-        writes = call.name == "" or (tool is not None and tool.spec.side_effect == "write")
+        writes = call.name == "" or (call.name in self._names and self._writes(call))
         before = [task for task, writing in self._pending.items() if writes or writing]
         answer = asyncio.create_task(self._answer_call(call, before))
         self._pending[answer] = writes
@@ -125,14 +129,41 @@ class ToolSession:
         """The calls that have their result, in the order in which they were asked for."""
         return [(call, answer.result()) for call, answer in self._answers.values() if answer.done()]
 
-    def adopt(self, history: Sequence[tuple[Call, CallResult]]) -> str | None:
-        """Take over another session's calls with their bill; or why this cannot be: tools that write have a world
-        that no fork can copy.
+    def fork(self, wanted: OpenSession, num_calls: int) -> "ToolSession":
+        """A session that goes on after this one's first `num_calls` calls, which are not made again.
+
+        Raises Conflict where one of them wrote: no fork can copy the world outside.
         """
+        history = self.history()[:num_calls]
+        self._refuse_writes(history, "cannot be forked")
+        forked = ToolSession(wanted, self._toolbox, self._verifiers, self._deadlines)
+        forked._adopt(history)
+        return forked
+
+    async def restore(self, num_calls: int) -> None:
+        """Take back all calls but the first `num_calls`, with their bill. Raises Conflict where one of them wrote."""
+        history = self.history()
+        self._refuse_writes(history[num_calls:], "cannot take that back")
+        self._answers, self._ledger, self._num_calls, self._over = {}, Ledger(), 0, False
+        self._adopt(history[:num_calls])
+
+    def cancel(self) -> None:
+        """End the calls under way."""
+        for task in list(self._pending):
+            self._deadlines.cut(task)
+
+    def _writes(self, call: Call) -> bool:
+        tool = self._toolbox.tools.get(call.name)
+        return tool is not None and tool.spec.side_effect == "write"
+
+    def _refuse_writes(self, history: Sequence[tuple[Call, CallResult]], consequence: str) -> None:
         for call, result in history:
-            tool = self._toolbox.tools.get(call.name)
-            if tool is not None and tool.spec.side_effect == "write" and result.error not in UNBILLED:
-                return f"a session that called {call.name!r}, which writes, cannot be forked"
+            unmade = result.error in UNBILLED and result.error != "infra_error"
+            if self._writes(call) and not unmade:
+                raise Conflict(f"a session that called {call.name!r}, which writes, {consequence}")
+
+    def _adopt(self, history: Sequence[tuple[Call, CallResult]]) -> None:
+        """Take over calls with their bill."""
         for call, result in history:
             own = replace(result, session_id=self.wanted.session_id)
             answer: asyncio.Future[CallResult] = asyncio.get_running_loop().create_future()
@@ -141,7 +172,6 @@ class ToolSession:
             self._ledger.charge(own)
             self._num_calls += bool(call.name) and own.error not in UNBILLED
             self._over = self._over or own.ended
-        return None
 
     def _open(self) -> SessionOpened:
         name = self.wanted.session_id
@@ -171,9 +201,18 @@ class ToolSession:
         return SessionOpened(name, [spec.openai for spec in specs.values()], messages)
 
     async def _answer_call(self, call: Call, before: list[asyncio.Task[CallResult]]) -> CallResult:
-        if before:
-            await asyncio.wait(before)
-        observation = self._refusal(call) or await self._observe(call)
+        """A call that is cut while it waits is only cancelled, and so is one that reads. Nobody knows what one that
+        writes has written by then, so that the session ends without a verdict.
+        """
+        observation = CANCELLED
+        try:
+            async with self._deadlines.limit(call.deadline_s):
+                if before:
+                    await asyncio.wait(before)
+                observation = CUT if self._writes(call) else CANCELLED
+                observation = self._refusal(call) or await self._observe(call)
+        except TimeoutError:
+            observation = observation._replace(tool=call.name)
         self._ledger.charge(observation)
         self._over = self._over or observation.ended
         self.last_used_s = time.monotonic()
@@ -199,13 +238,14 @@ class ToolSession:
 
     def _spent(self) -> str | None:
         """Which budget is used up. Calls count when they start, so that parallel ones cannot pass together."""
-        budget = self._setup.budget
-        for name, most, used in (
-            ("calls", budget.calls, self._num_calls),
-            ("usd", budget.usd, self._ledger.cost_usd),
-            ("seconds", budget.seconds, self._ledger.latency_s),
-        ):
-            if most is not None and used >= most:
+        budget, bill = self._setup.budget, self._ledger
+        used: dict[str, Callable[[], float]] = {  # the bill is added up where it is asked for only: that takes time
+            "calls": lambda: self._num_calls,
+            "usd": lambda: bill.cost_usd,
+            "seconds": lambda: bill.latency_s,
+        }
+        for name, most in (("calls", budget.calls), ("usd", budget.usd), ("seconds", budget.seconds)):
+            if most is not None and used[name]() >= most:
                 return f"the budget of {most:g} {name} is spent: answer now"
         return None
 

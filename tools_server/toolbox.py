@@ -24,6 +24,7 @@ from tools_server.prices import load_prices, price_of
 from tools_server.recording import Recorder
 from tools_server.retrieval.opensearch import OpenSearchRetriever
 from tools_server.sandbox.remote import RemoteRunner, Runner
+from tools_server.spans import Spans
 from tools_server.tool import CallContext, Tool, ToolOutput
 from tools_server.tools.chat import ChatTool
 from tools_server.tools.constant import ConstantTool
@@ -47,9 +48,10 @@ class Source(Protocol):
 class Toolbox:
     """Every tool of a server, by name. Use between `start` and `close`."""
 
-    def __init__(self, config: ServerConfig, metrics: Metrics) -> None:
+    def __init__(self, config: ServerConfig, metrics: Metrics, spans: Spans) -> None:
         """Raises ValueError where a price is not to be had or the file of recordings cannot be used."""
         self._metrics = metrics
+        self._spans = spans
         self.recorder = Recorder(config.recording) if config.recording is not None else None
         table = load_prices(config.prices) if config.prices is not None else None
         self._sources: list[Source] = []
@@ -134,7 +136,10 @@ class Toolbox:
 
     async def _carry_out(self, tool: Tool, arguments: dict[str, Any], context: CallContext) -> ToolOutput:
         try:
-            output = await tool.call(arguments, context)
+            with self._spans.span(f"tool {tool.spec.name}", session=context.session_id) as span:
+                output = await tool.call(arguments, context)
+                if span is not None:
+                    span.set_attributes({"error": output.error or "none", "wait_s": output.wait_s})
             self._metrics.observe_tool(tool.spec.name, output.work_s, output.wait_s)
             return output
         except Exception as error:

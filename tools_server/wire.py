@@ -11,9 +11,28 @@ one request per burst, not one per call:
     GET  /v1/experts                                      -> {"experts": {name: profile}}
     GET  /readyz, /metrics                                -> for load balancers and Prometheus
     GET  /v1/tools                                        -> {"tools": [OpenAI function schema, ...]}
+    GET  /v1/openapi.json                                 -> all of this as an OpenAPI document
+
+One session alone, under /v1/sessions/ID (percent-encoded), which a balancer can route by; items without session_id:
+
+    PUT  ...             OpenSession                      -> SessionOpened
+    POST .../call        Call                             -> CallResult
+    POST .../call_batch  {"calls": [Call, ...]}           -> {"results": [CallResult, ...]}
+    POST .../heartbeat   {}                               -> Snapshot; the lease begins anew
+    POST .../snapshot    {}                               -> Snapshot
+    POST .../restore     {"num_calls": n}                 -> Snapshot
+    POST .../fork        {"new_session_id": ..., "num_calls": n} -> SessionOpened
+    POST .../finish      {}                               -> SessionRecord
+    DELETE ...                                            -> {"deleted": bool}; its calls are ended
+
+A request bears the server's token (`Authorization: Bearer ...`), which may do everything, or the token of one session,
+which may call its tools, keep its lease and finish it; but not fork it, take calls back or delete it, for its bill and
+its verdict are not its own to undo. 401: a wrong token; 403: a token that may not. 429: a cap is reached, nothing was
+accepted, the header Retry-After says when to try again.
 
 All POSTs are idempotent: opening a session again or repeating a call_id returns the first answer, and
-finishing twice returns the stored record, so a client may retry after any network failure.
+finishing twice returns the stored record, so a client may retry after any network failure. Calls whose client has gone
+are ended (`cancelled`) unless it asks for them again within the server's `abandon_s`.
 """
 
 from dataclasses import dataclass, field
@@ -57,7 +76,7 @@ class OpenSession:
 class ForkSession:
     """Open `new_session_id` as `session_id` was after its first `num_calls` calls (-1: all of them).
 
-    A snapshot is thus a number of calls, and to restore it is to go on with a fork. Calls keep their ids and bill.
+    A snapshot is thus a number of calls. Calls keep their ids and bill.
     """
 
     session_id: str
@@ -70,23 +89,40 @@ class SessionOpened:
     """`error` is None when the session is open; otherwise it says in one line why it was refused.
 
     `tools` are the OpenAI function schemas of the environment and `messages` the chat with which it starts
-    (system policy, first user message); both empty where the task already carries them.
+    (system policy, first user message); both empty where the task already carries them. `token` is good for this
+    session alone. A session that nobody uses for `lease_s` is forgotten.
     """
 
     session_id: str
     tools: list[dict[str, Any]] = field(default_factory=list)
     messages: list[dict[str, Any]] = field(default_factory=list)
     error: str | None = None
+    token: str = ""
+    lease_s: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Snapshot:
+    """A session as it is after `num_calls` calls. `state` is a digest of its world, "" where it has none."""
+
+    session_id: str
+    num_calls: int
+    state: str = ""
 
 
 @dataclass(frozen=True, slots=True)
 class Call:
-    """One call, or one message to the user (name="" and arguments {"content": text})."""
+    """One call, or one message to the user (name="" and arguments {"content": text}).
+
+    `deadline_s`: seconds from its acceptance, queues included, after which the answer is of no use: the work is ended
+    and the result is `cancelled`.
+    """
 
     session_id: str
     call_id: str
     name: str
     arguments: dict[str, Any]
+    deadline_s: float | None = field(default=None, compare=False)
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,7 +2,8 @@
 
 Both styles are ChatML with Hermes tool calls and only ever append: a prompt, then per turn the sampled tokens and an
 observation. So each prompt extends the previous tokens and a trajectory is one training sample. (Qwen3's own template
-drops the thinking of earlier turns, which would break that; keeping it is a deliberate deviation.)
+drops the thinking of earlier turns, which would break that; keeping it is a deliberate deviation. With `chat.history`
+set to template, `conversation.py` does as the template does.)
 """
 
 import json
@@ -12,22 +13,13 @@ from typing import Any
 
 import numpy as np
 
+from jorch.data import qwen3_chat
 from jorch.data.tokenizer import END_OF_TURN, Tokenizer
 from jorch.types import ToolCall
 
 _CALL_OPEN, _CALL_CLOSE = "<tool_call>", "</tool_call>"
 _MAX_NESTING = 64
 """Of a call's JSON: what reads it further down the way recurses too, from a deeper stack."""
-
-QWEN3_TOOLS_HEAD = (
-    "# Tools\n\nYou may call one or more functions to assist with the user query.\n\n"
-    "You are provided with function signatures within <tools></tools> XML tags:\n<tools>"
-)
-QWEN3_TOOLS_TAIL = (
-    "\n</tools>\n\nFor each function call, return a json object with function name and arguments within "
-    "<tool_call></tool_call> XML tags:\n<tool_call>\n"
-    '{"name": <function-name>, "arguments": <args-json-object>}\n</tool_call>'
-)
 
 CHAT_SYMBOLS = (
     "<|im_start|>",
@@ -61,13 +53,11 @@ class ParsedCalls:
 def render_prompt(messages: Sequence[dict[str, Any]], tools: Sequence[dict[str, Any]], style: str) -> str:
     """The first prompt, ready for the assistant's first token.
 
-    style "compact" leaves the tools' JSON out (the messages describe them); "qwen3" puts it into the system
-    block exactly as Qwen3's template does.
+    style "compact" leaves the tools' JSON out (the messages describe them); "qwen3" is Qwen3's template.
     """
+    if style == "qwen3":
+        return qwen3_chat.render(messages, tools, add_generation_prompt=True)
     system = "\n\n".join(m["content"] for m in messages if m["role"] == "system")
-    if style == "qwen3" and tools:
-        lines = "".join("\n" + json.dumps(tool, ensure_ascii=False) for tool in tools)
-        system = (system + "\n\n" if system else "") + QWEN3_TOOLS_HEAD + lines + QWEN3_TOOLS_TAIL
     turns = [f"<|im_start|>system\n{system}{END_OF_TURN}\n"] if system else []
     turns += [f"<|im_start|>{m['role']}\n{m['content']}{END_OF_TURN}\n" for m in messages if m["role"] != "system"]
     return "".join(turns) + "<|im_start|>assistant\n"

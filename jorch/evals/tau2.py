@@ -28,7 +28,7 @@ def load_tasks(domain: str, limit: int | None = None) -> list[Task]:
     return [
         Task(
             task_id=f"tau2-{domain}-{task_id}",
-            messages=tuple(source.messages(task)),
+            messages=tuple(source.messages(task_id)),
             tools=tuple(source.tools),
             environment="tau2",
             setup={"domain": domain, "task_id": task_id},

@@ -1,54 +1,86 @@
-"""`jorch export`: the newest checkpoint of a run as a folder of Hugging Face safetensors."""
+"""`jorch export`: a checkpoint of a run as a folder of Hugging Face safetensors, or its adapter as PEFT's."""
 
 from pathlib import Path
+from typing import Any, Literal
 
 from jorch import config_io
-from jorch.checkpoint import Checkpoints
+from jorch.checkpoint import Checkpoints, check_base, describe
 from jorch.config import MeshConfig, QuickstartConfig, RlConfig, SftConfig
 from jorch.data import tokenizer as tokenizers
-from jorch.export import heads, hf, pretrained, weights
+from jorch.export import adapter, heads, hf, pretrained, weights
 from jorch.export.importing import refuse_occupied
-from jorch.model.transformer import Qwen3
+from jorch.export.source import Held
+from jorch.model.lora import LoraQwen3
+from jorch.model.transformer import Params, Qwen3, Trainable
 from jorch.run_folder import CONFIG
 from jorch.sharding import make_mesh
 from jorch.train.optimizer import make_optimizer
 from jorch.train.state import abstract_state
 
+Lora = Literal["merged", "adapter"]
 
-def run(source: Path, out: Path, *, widen_heads: bool = False) -> None:
+
+def run(
+    source: Path, out: Path, *, step: int | None = None, widen_heads: bool = False, lora: Lora | None = None
+) -> None:
     """Export run folder `source`, or what `jorch import` wrote, to `out`, with its tokenizer and the probe.
 
-    A run may be under way.
+    A run may be under way. `step` names one of its checkpoints; None means the newest. `lora` is for runs that train
+    an adapter: added to its base (also where it is None), or the adapter alone.
 
-    Raises ValueError where `source` is no training run, has no checkpoint, or `out` is not empty.
+    Raises ValueError where `source` is no training run, has no such checkpoint or no adapter, where the adapter's base
+    is gone or another one, or `out` is not empty.
     """
     if weights.is_checkpoint(source):
+        if step is not None:
+            raise ValueError(f"{source} is no training run, so it has no --step")
+        if lora is not None:
+            raise ValueError(f"--lora {lora}: {source} is a whole model, without an adapter; leave --lora out")
         _export_weights(source, out, widen_heads)
         return
     config = _training_config(source)
+    if lora is not None and config.lora is None:
+        raise ValueError(f"--lora {lora}: {source} trains the whole model, without an adapter; leave --lora out")
+    if lora == "adapter" and widen_heads:
+        raise ValueError("--widen-heads changes the base; it goes with --lora merged only")
     refuse_occupied(out)
     folder, architecture = source / "checkpoints", source / hf.ARCHITECTURE
     if not folder.is_dir() or not architecture.is_dir():
         raise ValueError(f"{source} has no checkpoint yet")
-    model = Qwen3(hf.load_config(architecture, param_dtype=_param_dtype(config)))
+    base = Qwen3(hf.load_config(architecture, param_dtype=_param_dtype(config)))
+    model: Trainable = LoraQwen3(base, config.lora) if config.lora else base
     tokenizer = tokenizers.load_folder(architecture)
     optimizer = make_optimizer(config.optimizer, config.steps)
     with Checkpoints(folder, config.checkpoint, read_only=True) as checkpoints:
         if checkpoints.latest_step() is None:
             raise ValueError(f"{source} has no checkpoint yet")
-        state, _, step = checkpoints.restore(abstract_state(model, optimizer, make_mesh(MeshConfig())))
-    wanted = heads.widen(model.config, state.params) if widen_heads else (model.config, state.params)
-    hf.save(out, *wanted, tokenizer, {"step": step, "tokenizer_digest": tokenizer.digest})
+        wanted = abstract_state(model, optimizer, make_mesh(MeshConfig()))
+        state, meta, step = checkpoints.restore(wanted, describe(config, base.config, tokenizer.digest), step)
+    if config.lora and lora == "adapter":
+        adapter.save(out, config.lora, state.params, str(pretrained.folder_of(meta["base"]["init_from"])))
+        print(f"exported the adapter of step {step} of {source} to {out}")
+        return
+    frozen = _frozen(meta["base"]["init_from"], meta, _param_dtype(config)) if config.lora else None
+    held = Held(model.merge(state.params, frozen))
+    exported = heads.widen(model.config, held) if widen_heads else (model.config, held)
+    hf.write(out, *exported, tokenizer, {"step": step, "tokenizer_digest": tokenizer.digest})
     print(f"exported step {step} of {source} to {out}")
+
+
+def _frozen(init_from: str, meta: dict[str, Any], param_dtype: str) -> Params:
+    """The base that the adapter of a checkpoint was trained on."""
+    base = pretrained.load(init_from, make_mesh(MeshConfig()), param_dtype=param_dtype)
+    check_base(meta, init_from, base.params)
+    return base.params
 
 
 def _export_weights(source: Path, out: Path, widen_heads: bool) -> None:
     refuse_occupied(out)
     raw = hf.stored_config(source / hf.ARCHITECTURE)
-    start = pretrained.load(str(source), make_mesh(MeshConfig()), param_dtype=raw["torch_dtype"])
-    config, params = start.model.config, start.params
-    wanted = heads.widen(config, params) if widen_heads else (config, params)
-    hf.save(out, *wanted, start.tokenizer, {"tokenizer_digest": start.tokenizer.digest})
+    model, tokenizer = pretrained.load_model(source, param_dtype=raw["torch_dtype"])
+    stored = weights.Stored(source, model, make_mesh(MeshConfig()))
+    wanted = heads.widen(model.config, stored) if widen_heads else (model.config, stored)
+    hf.write(out, *wanted, tokenizer, {"tokenizer_digest": tokenizer.digest})
     print(f"exported {source} to {out}")
 
 

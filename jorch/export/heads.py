@@ -1,16 +1,18 @@
 """The same model with wider heads: vLLM's attention on CPUs takes head dims that are multiples of 32 only."""
 
-from typing import Any
+from collections.abc import Iterator
 
+import jax
 import jax.numpy as jnp
 
 from jorch.config import ModelConfig
+from jorch.export.source import Source
 from jorch.model.transformer import Params
 
 WIDTH = 32
 
 
-def widen(config: ModelConfig, params: Params) -> tuple[ModelConfig, Params]:
+def widen(config: ModelConfig, source: Source) -> tuple[ModelConfig, Source]:
     """Pad every head with zeros to a multiple of `WIDTH`; unchanged where it is one.
 
     The function that the model computes stays, up to rounding and the norms' epsilon. Zeros halve the mean square that
@@ -20,22 +22,44 @@ def widen(config: ModelConfig, params: Params) -> tuple[ModelConfig, Params]:
     H = config.head_dim
     wide = -(-H // WIDTH) * WIDTH
     if wide == H:
-        return config, params
+        return config, source
     ratio = wide / H
-    layers = params["layers"]
-    padded: dict[str, Any] = {
-        **layers,
-        **{name: _pad(layers[name], wide, -1) for name in ("q", "k", "v")},
-        "o": _pad(layers["o"], wide, -2),
-        # 1/sqrt(ratio) for the mean square, sqrt(ratio) for the softmax scale: the query's cancel.
-        "q_norm": _pad(layers["q_norm"], wide, -1),
-        "k_norm": _pad(layers["k_norm"], wide, -1) / ratio**0.5,
-    }
     changes = {"head_dim": wide, "rope_theta": config.rope_theta**ratio}
-    return config.model_copy(update=changes), params | {"layers": padded}
+    return config.model_copy(update=changes), Widened(source, wide, ratio)
 
 
-def _pad(x: Any, wide: int, axis: int) -> Any:
+class Widened:
+    """A source with wider heads."""
+
+    def __init__(self, source: Source, wide: int, ratio: float) -> None:
+        self._source, self._wide, self._ratio = source, wide, ratio
+        self.by_layer = source.by_layer
+        layers = {
+            name: jax.eval_shape(lambda x, name=name: self._widened(name, x), stacked)
+            for name, stacked in source.shapes["layers"].items()
+        }
+        self.shapes: Params = source.shapes | {"layers": layers}
+
+    def rows(self, name: str) -> Iterator[jax.Array]:
+        return self._source.rows(name)
+
+    def tensor(self, name: str, index: int) -> jax.Array:
+        return self._widened(name, self._source.tensor(name, index))
+
+    def _widened(self, name: str, x: jax.Array) -> jax.Array:
+        match name:
+            case "q" | "k" | "v" | "q_norm":
+                return _pad(x, self._wide, -1)
+            case "k_norm":
+                # 1/sqrt(ratio) for the mean square, sqrt(ratio) for the softmax scale: the query's cancel.
+                return _pad(x, self._wide, -1) / self._ratio**0.5
+            case "o":
+                return _pad(x, self._wide, -2)
+            case _:
+                return x
+
+
+def _pad(x: jax.Array, wide: int, axis: int) -> jax.Array:
     """Zeros behind each half of the head: rotary embeddings pair the halves."""
     first, second = jnp.split(jnp.asarray(x), 2, axis=axis)
     missing = wide // 2 - first.shape[axis]

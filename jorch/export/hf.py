@@ -12,6 +12,7 @@ from pydantic import ValidationError
 from jorch.config import ModelConfig
 from jorch.data.tokenizer import Tokenizer
 from jorch.export import probe, tensors
+from jorch.export.source import Held, Source
 from jorch.export.tensors import load as load
 from jorch.model.transformer import Params
 from jorch.run_folder import naming
@@ -41,6 +42,7 @@ __all__ = [
     "save",
     "save_architecture",
     "stored_config",
+    "write",
     "write_architecture",
 ]
 
@@ -55,16 +57,27 @@ def save(
     tokenizer: Tokenizer,
     facts: Mapping[str, Any] | None = None,
 ) -> None:
+    """`write` of parameters in memory."""
+    write(folder, config, Held(params), tokenizer, facts)
+
+
+def write(
+    folder: Path,
+    config: ModelConfig,
+    source: Source,
+    tokenizer: Tokenizer,
+    facts: Mapping[str, Any] | None = None,
+) -> None:
     """Write `config.json`, `model.safetensors` and the tokenizer into `folder`, which they replace.
 
     With `facts`, which may be empty, also `jorch.json`: these and the probe.
     The folder appears whole or not at all: it is written beside its place and renamed. Raises OSError naming it.
     """
     with replaced(folder) as partial:
-        tensors.save(partial, params)
+        tensors.save(partial, source)
         write_architecture(partial, config, tokenizer)
         if facts is not None:
-            probe.write(partial, probe.make_probe(config, params), **facts)
+            probe.write(partial, probe.make_probe(config, source), **facts)
 
 
 def save_architecture(run_folder: Path, config: ModelConfig, tokenizer: Tokenizer) -> None:

@@ -40,14 +40,21 @@ def load(init_from: str, mesh: Mesh, **settings: Any) -> Pretrained:
     Raises ValueError where the folder, a tensor or the vocabulary does not fit.
     """
     folder = folder_of(init_from)
-    is_checkpoint = weights.is_checkpoint(folder)
-    architecture = folder / hf.ARCHITECTURE if is_checkpoint else folder
+    model, tokenizer = load_model(folder, **settings)
+    read = weights.load if weights.is_checkpoint(folder) else hf.load
+    return Pretrained(model, read(folder, model, mesh), tokenizer)
+
+
+def load_model(folder: Path, **settings: Any) -> tuple[Qwen3, Tokenizer]:
+    """The model and its tokenizer without the weights.
+
+    Raises ValueError where the folder or the vocabulary does not fit.
+    """
+    architecture = folder / hf.ARCHITECTURE if weights.is_checkpoint(folder) else folder
     config = hf.load_config(architecture, **settings)
     tokenizer = tokenizers.load_folder(architecture)
     if config.vocab_size < tokenizer.vocab_size:
         raise ValueError(
             f"{folder}: vocab_size={config.vocab_size} is smaller than the tokenizer's {tokenizer.vocab_size}"
         )
-    model = Qwen3(config)
-    read = weights.load if is_checkpoint else hf.load
-    return Pretrained(model, read(folder, model, mesh), tokenizer)
+    return Qwen3(config), tokenizer

@@ -5,6 +5,7 @@ head left behind, a wrong rotary base.
 """
 
 import json
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -15,6 +16,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from jorch.config import ModelConfig
+from jorch.export.source import Source
+from jorch.model.attention import packed_rows
+from jorch.model.layers import rms_norm, rope_tables
 from jorch.model.transformer import Params, Qwen3
 
 FILE = "jorch.json"
@@ -31,27 +35,61 @@ class Probe:
     logprobs: tuple[float, ...]
 
 
-def make_probe(config: ModelConfig, params: Params) -> Probe:
-    """Score random tokens in float32."""
+def make_probe(config: ModelConfig, source: Source) -> Probe:
+    """Score random tokens in float32, a layer and a block of the vocabulary at a time."""
     tokens = np.random.default_rng(0).integers(0, config.vocab_size, NUM_TOKENS).astype(np.int32)
-    logprobs = np.asarray(_scorer(config.model_dump_json())(params, tokens))
+    layer = _layer(config.model_dump_json())
+    x_TD = _embed(source, tokens)
+    for index in range(config.num_hidden_layers):
+        params = {name: source.tensor(name, index) for name in source.shapes["layers"]}
+        x_TD = jax.block_until_ready(layer(params, x_TD))
+    [norm_D] = source.rows("final_norm")
+    hidden_TD = rms_norm(x_TD[:-1], norm_D, config.rms_norm_eps)
+    logprobs = _logprobs(source.rows("embed" if config.tie_word_embeddings else "unembed"), hidden_TD, tokens[1:])
     return Probe(tuple(tokens.tolist()), tuple(logprobs.tolist()))
 
 
+def _embed(source: Source, tokens: np.ndarray) -> jax.Array:
+    x_TD, begin = jnp.float32(0), 0
+    for rows in source.rows("embed"):
+        here = (tokens >= begin) & (tokens < begin + rows.shape[0])
+        own = rows[np.where(here, tokens - begin, 0)].astype(jnp.float32)
+        x_TD += jnp.where(here[:, None], own, 0)
+        begin += rows.shape[0]
+    return x_TD
+
+
+def _logprobs(blocks: Iterator[jax.Array], hidden_TD: jax.Array, targets: np.ndarray) -> np.ndarray:
+    """log softmax of the targets' logits, without ever holding those of the whole vocabulary's rows."""
+    total, chosen, begin = np.full(len(targets), -np.inf), np.zeros(len(targets)), 0
+    for rows_VD in blocks:
+        logits_TV = np.asarray(_logits(hidden_TD, rows_VD), np.float64)
+        here = (targets >= begin) & (targets < begin + rows_VD.shape[0])
+        own = logits_TV[np.arange(len(targets)), np.where(here, targets - begin, 0)]
+        chosen = np.where(here, own, chosen)
+        total = np.logaddexp(total, np.logaddexp.reduce(logits_TV, axis=1))
+        begin += rows_VD.shape[0]
+    return (chosen - total).astype(np.float32)
+
+
+@jax.jit
+def _logits(hidden_TD: jax.Array, rows_VD: jax.Array) -> jax.Array:
+    return jnp.einsum("td,vd->tv", hidden_TD, rows_VD.astype(jnp.float32))
+
+
 @cache
-def _scorer(config_json: str) -> Any:
+def _layer(config_json: str) -> Any:
     config = ModelConfig.model_validate_json(config_json)
     model = Qwen3(config.model_copy(update={"compute_dtype": "float32"}))
 
     @jax.jit
-    def score(params: Params, tokens: jax.Array) -> jax.Array:
-        T = tokens.shape[0]
-        module = model.bind(params)
-        hidden_BTD = module.hidden(tokens[None], jnp.arange(T)[None], jnp.full((1, T), T))
-        logprobs_TV = jax.nn.log_softmax(module.logits(hidden_BTD[0]))
-        return jnp.take_along_axis(logprobs_TV[:-1], tokens[1:, None], axis=1)[:, 0]
+    def apply(params: Params, x_TD: jax.Array) -> jax.Array:
+        T = x_TD.shape[0]
+        _, [block] = model.bind_unstacked({"layers": [params]})
+        rope = rope_tables(jnp.arange(T)[None], config.head_dim, config.rope_theta)
+        return block(x_TD[None], rope, packed_rows(jnp.full((1, T), T), config.head_dim, None).attend)[0]
 
-    return score
+    return apply
 
 
 def write(folder: Path, probe: Probe, **facts: Any) -> None:

@@ -17,6 +17,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from safetensors import SafetensorError, safe_open
 
+from jorch.export.source import Source
 from jorch.model.transformer import Params, Qwen3
 
 _TOP = {
@@ -40,12 +41,11 @@ _LAYER = {
 INDEX = "model.safetensors.index.json"
 MAX_SHARD_BYTES = 5 * 10**9
 """Hugging Face's own limit of one file."""
-_BLOCK_BYTES = 64 * 2**20
-"""Of the embedding, which goes to the host in blocks of rows."""
 _DTYPES = {"float32": "F32", "bfloat16": "BF16"}
 
 
-def _layer_name(index: int, name: str) -> str:
+def layer_name(index: int, name: str) -> str:
+    """Hugging Face's name of a parameter of layer `index`."""
     return f"model.layers.{index}.{_LAYER[name]}"
 
 
@@ -190,18 +190,19 @@ def _read_stacked(reader: Reader, name: str, abstract: Any, place: NamedSharding
 
     stack = jax.jit(partial(jnp.zeros, abstract.shape, abstract.dtype), out_shardings=place)()
     for index in range(num_layers):
-        tensor = reader.read(_layer_name(index, name), _hf_shape(name, shape), _hf_sharding(name, place))
+        tensor = reader.read(layer_name(index, name), _hf_shape(name, shape), _hf_sharding(name, place))
         # Without waiting, the host would read ahead of the devices and hold what they have not taken yet.
         stack = jax.block_until_ready(insert(stack, tensor, jnp.int32(index)))
     return stack
 
 
-def save(folder: Path, params: Params, max_shard_bytes: int = MAX_SHARD_BYTES) -> None:
+def save(folder: Path, source: Source, max_shard_bytes: int = MAX_SHARD_BYTES) -> None:
     """Write parameters as `model.safetensors`, or as several files of at most `max_shard_bytes` with an index.
 
     Host memory: one layer's largest tensor twice, or a block of the embedding. Raises OSError.
     """
-    shapes = list(_hf_shapes(params))
+    order = list(_order(source))
+    shapes = [_described(source.shapes, name, index) for name, index in order]
     files: list[list[int]] = [[]]
     size = 0
     for number, (_, shape, dtype) in enumerate(shapes):
@@ -219,12 +220,11 @@ def save(folder: Path, params: Params, max_shard_bytes: int = MAX_SHARD_BYTES) -
         weight_map = {shapes[i][0]: name for name, numbers in zip(names, files, strict=True) for i in numbers}
         index = {"metadata": {"total_size": total}, "weight_map": weight_map}
         (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
-    tensors = _tensors(params)
     for name, numbers in zip(names, files, strict=True):
         with (folder / name).open("wb") as file:
             file.write(_header([shapes[i] for i in numbers]))
-            for _ in numbers:
-                for block in next(tensors):
+            for number in numbers:
+                for block in _blocks(source, *order[number]):
                     # As plain bytes: bfloat16 has no buffer format of its own.
                     file.write(block.view(np.uint8).data)
 
@@ -245,28 +245,31 @@ def _header(tensors: list[_Described]) -> bytes:
     return len(text).to_bytes(8, "little") + text
 
 
-def _hf_shapes(params: Params) -> Iterator[_Described]:
-    """Name, shape and dtype of each tensor, in the order of `_tensors`."""
-    for name in _in_order(params):
-        yield _TOP[name], params[name].shape, np.dtype(params[name].dtype)
-    for name, stacked in params["layers"].items():
-        for index in range(stacked.shape[0]):
-            yield _layer_name(index, name), _hf_shape(name, stacked.shape[1:]), np.dtype(stacked.dtype)
+def _order(source: Source) -> Iterator[tuple[str, int | None]]:
+    """Our names in the order of the file, with the layer's number where there is one."""
+    for name in _in_order(source.shapes):
+        yield name, None
+    layers = source.shapes["layers"]
+    numbers = range(next(iter(layers.values())).shape[0])
+    if source.by_layer:
+        yield from ((name, index) for index in numbers for name in layers)
+    else:
+        yield from ((name, index) for name in layers for index in numbers)
 
 
-def _tensors(params: Params) -> Iterator[Iterator[np.ndarray]]:
-    """Each tensor as its consecutive blocks."""
-    for name in _in_order(params):
-        yield _blocks(params[name])
-    for name, stacked in params["layers"].items():
-        for index in range(stacked.shape[0]):
-            layer = np.asarray(stacked[index])
-            # [in..., out...] to torch's [out, in].
-            rows, columns = _hf_shape(name, layer.shape) if layer.ndim > 1 else (1, layer.size)
-            yield iter([np.ascontiguousarray(layer.reshape(columns, rows).T)])
+def _described(shapes: Params, name: str, index: int | None) -> _Described:
+    if index is None:
+        return _TOP[name], shapes[name].shape, np.dtype(shapes[name].dtype)
+    stacked = shapes["layers"][name]
+    return layer_name(index, name), _hf_shape(name, stacked.shape[1:]), np.dtype(stacked.dtype)
 
 
-def _blocks(array: jax.Array) -> Iterator[np.ndarray]:
-    num_rows = max(1, _BLOCK_BYTES // max(1, array[:1].nbytes))
-    for begin in range(0, array.shape[0], num_rows):
-        yield np.ascontiguousarray(array[begin : begin + num_rows])
+def _blocks(source: Source, name: str, index: int | None) -> Iterator[np.ndarray]:
+    """A tensor in torch's layout, as its consecutive blocks."""
+    if index is None:
+        yield from (np.ascontiguousarray(rows) for rows in source.rows(name))
+    else:
+        layer = np.asarray(source.tensor(name, index))
+        # [in..., out...] to torch's [out, in].
+        rows, columns = _hf_shape(name, layer.shape) if layer.ndim > 1 else (1, layer.size)
+        yield np.ascontiguousarray(layer.reshape(columns, rows).T)

@@ -1,15 +1,16 @@
 """The Qwen3 decoder layer. Parameters carry their logical axes, from which `sharding.py` places them.
 
-Letters: B rows, T positions, D model, F MLP, N query heads, K key-value heads, H head dim.
+Letters: B rows, T positions, D model, F MLP, N query heads, K key-value heads, H head dim, R rank of an adapter.
 """
 
+import math
 from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from jorch.config import ModelConfig
+from jorch.config import LoraConfig, ModelConfig
 
 Attend = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
 """(q_BTNH, k_BTKH, v_BTKH) -> o_BTNH; training and decoding differ only here."""
@@ -43,10 +44,38 @@ def apply_rope(x_BTNH: jax.Array, rope: tuple[jax.Array, jax.Array]) -> jax.Arra
     return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
 
 
-class Block(nnx.Module):
-    """Pre-norm attention with QK-norm, then a SwiGLU MLP."""
+class LowRank(nnx.Module):
+    """x A B, scaled: what LoRA adds to the product of x with one matrix. A [in..., R] is random and B [R, out...] zero,
+    so that training starts at the frozen model; both are float32, as small updates would round away."""
 
-    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs) -> None:
+    def __init__(self, weight: nnx.Param, num_inputs: int, lora: LoraConfig, *, rngs: nnx.Rngs) -> None:
+        shape, axes = weight.shape, weight.get_metadata("axes")
+        inputs, outputs = shape[:num_inputs], shape[num_inputs:]
+        a = math.prod(inputs) ** -0.5 * jax.random.normal(rngs.params(), (*inputs, lora.rank), jnp.float32)
+        self.a = nnx.LoRAParam(a, axes=(*axes[:num_inputs], "rank"))
+        self.b = nnx.LoRAParam(jnp.zeros((lora.rank, *outputs), jnp.float32), axes=("rank", *axes[num_inputs:]))
+        self.scale = lora.alpha / lora.rank
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        a, b = self.a[...].astype(x.dtype), self.b[...].astype(x.dtype)
+        return self.scale * jnp.tensordot(jnp.tensordot(x, a, a.ndim - 1), b, 1)
+
+
+class Adapter(nnx.Module):
+    """The `LowRank` of each target of a layer, under the target's name."""
+
+    def __init__(self, block: "Block", lora: LoraConfig, *, rngs: nnx.Rngs) -> None:
+        for name in sorted(set(lora.targets)):
+            setattr(self, name, LowRank(getattr(block, name), 2 if name == "o" else 1, lora, rngs=rngs))
+
+    def of(self, name: str) -> LowRank | None:
+        return getattr(self, name, None)
+
+
+class Block(nnx.Module):
+    """Pre-norm attention with QK-norm, then a SwiGLU MLP. With `lora`, an adapter beside the matrices."""
+
+    def __init__(self, config: ModelConfig, lora: LoraConfig | None = None, *, rngs: nnx.Rngs) -> None:
         D, F, H = config.hidden_size, config.intermediate_size, config.head_dim
         N, K, dtype = config.num_attention_heads, config.num_key_value_heads, config.param_dtype
         # Residual branches start small, so that depth does not scale the variance (GPT-2).
@@ -63,18 +92,23 @@ class Block(nnx.Module):
         self.gate = param(rngs, (D, F), ("embed", "mlp"), D**-0.5, dtype)
         self.up = param(rngs, (D, F), ("embed", "mlp"), D**-0.5, dtype)
         self.down = param(rngs, (F, D), ("mlp", "embed"), out_scale * F**-0.5, dtype)
+        self.adapter = Adapter(self, lora, rngs=rngs) if lora else None
 
     def __call__(self, x_BTD: jax.Array, rope: tuple[jax.Array, jax.Array], attend: Attend) -> jax.Array:
-        dtype = x_BTD.dtype
         h_BTD = rms_norm(x_BTD, self.attention_norm[...], self.eps)
-        q_BTNH = jnp.einsum("btd,dnh->btnh", h_BTD, self.q[...].astype(dtype))
-        k_BTKH = jnp.einsum("btd,dkh->btkh", h_BTD, self.k[...].astype(dtype))
-        v_BTKH = jnp.einsum("btd,dkh->btkh", h_BTD, self.v[...].astype(dtype))
+        q_BTNH = self._multiply("btd,dnh->btnh", h_BTD, "q")
+        k_BTKH = self._multiply("btd,dkh->btkh", h_BTD, "k")
+        v_BTKH = self._multiply("btd,dkh->btkh", h_BTD, "v")
         q_BTNH = apply_rope(rms_norm(q_BTNH, self.q_norm[...], self.eps), rope)
         k_BTKH = apply_rope(rms_norm(k_BTKH, self.k_norm[...], self.eps), rope)
         o_BTNH = attend(q_BTNH, k_BTKH, v_BTKH)
-        x_BTD = x_BTD + jnp.einsum("btnh,nhd->btd", o_BTNH, self.o[...].astype(dtype))
+        x_BTD = x_BTD + self._multiply("btnh,nhd->btd", o_BTNH, "o")
         h_BTD = rms_norm(x_BTD, self.mlp_norm[...], self.eps)
-        g_BTF = jnp.einsum("btd,df->btf", h_BTD, self.gate[...].astype(dtype))
-        u_BTF = jnp.einsum("btd,df->btf", h_BTD, self.up[...].astype(dtype))
-        return x_BTD + jnp.einsum("btf,fd->btd", jax.nn.silu(g_BTF) * u_BTF, self.down[...].astype(dtype))
+        g_BTF = self._multiply("btd,df->btf", h_BTD, "gate")
+        u_BTF = self._multiply("btd,df->btf", h_BTD, "up")
+        return x_BTD + self._multiply("btf,fd->btd", jax.nn.silu(g_BTF) * u_BTF, "down")
+
+    def _multiply(self, equation: str, x: jax.Array, name: str) -> jax.Array:
+        y = jnp.einsum(equation, x, getattr(self, name)[...].astype(x.dtype))
+        added = self.adapter.of(name) if self.adapter else None
+        return y if added is None else y + added(x)

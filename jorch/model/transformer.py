@@ -4,6 +4,7 @@
 plain nested dicts of arrays outside, and `bind` makes a module of them inside a jitted function.
 """
 
+from abc import ABC, abstractmethod
 from functools import partial
 from typing import Any
 
@@ -12,8 +13,9 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import Mesh
 
-from jorch.config import ModelConfig
-from jorch.model.attention import packed_attend
+from jorch.config import LoraConfig, ModelConfig
+from jorch.model import remat
+from jorch.model.attention import packed_rows
 from jorch.model.layers import Block, param, rms_norm, rope_tables
 from jorch.sharding import sharding
 
@@ -23,7 +25,7 @@ Params = dict[str, Any]
 class Transformer(nnx.Module):
     """Embedding, L blocks, final norm; the unembedding is applied by whoever needs logits."""
 
-    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs) -> None:
+    def __init__(self, config: ModelConfig, lora: LoraConfig | None = None, *, rngs: nnx.Rngs) -> None:
         V, D = config.vocab_size, config.hidden_size
         self.config = config
         self.embed = param(
@@ -33,7 +35,7 @@ class Transformer(nnx.Module):
         @nnx.split_rngs(splits=config.num_hidden_layers)
         @nnx.vmap(in_axes=(0,), out_axes=0)
         def stack(rngs: nnx.Rngs) -> Block:
-            return Block(config, rngs=rngs)
+            return Block(config, lora, rngs=rngs)
 
         self.layers = stack(rngs)
         self.final_norm = param(rngs, (D,), ("embed",), 0, config.param_dtype)
@@ -61,23 +63,64 @@ class Transformer(nnx.Module):
             preferred_element_type=jnp.float32,
         )
 
-    def hidden(self, token_ids_BT: jax.Array, positions_BT: jax.Array, mask_BT: jax.Array) -> jax.Array:
-        """Final hidden states [B, T, D] of packed rows; `mask` as in `kernels.attention.mask`."""
-        x_BTD, rope = self.start(token_ids_BT, positions_BT)
-        attend = packed_attend(mask_BT, self.config.head_dim)
+    def hidden(
+        self, token_ids_BT: jax.Array, positions_BT: jax.Array, mask_BT: jax.Array, mesh: Mesh | None = None
+    ) -> jax.Array:
+        """Final hidden states [B, T, D] of packed rows; `mask` as in `kernels.attention.mask`.
+
+        On a `mesh` with a context axis devices share the rows. Raises ValueError where these do not split.
+        """
+        rows = packed_rows(mask_BT, self.config.head_dim, mesh)
+        x_BTD, rope = self.start(rows.spread(token_ids_BT), rows.spread(positions_BT))
         graphdef, stacked = nnx.split(self.layers)
 
         def layer(x_BTD: jax.Array, state: nnx.State) -> tuple[jax.Array, None]:
-            return nnx.merge(graphdef, state)(x_BTD, rope, attend), None
+            return nnx.merge(graphdef, state)(remat.named_input(x_BTD), rope, rows.attend), None
 
-        if self.config.remat == "full":
-            layer = jax.checkpoint(layer)
-        x_BTD, _ = jax.lax.scan(layer, x_BTD, stacked)
-        return self.finish(x_BTD)
+        x_BTD, _ = jax.lax.scan(remat.rematerialised(layer, self.config.remat), x_BTD, stacked)
+        return rows.restore(self.finish(x_BTD))
 
 
-class Qwen3:
-    """Host-side handle of a model: initialisation, shardings, and binding of parameters."""
+class Trainable(ABC):
+    """Host-side handle of what a train step updates: all parameters of a model, or an adapter of frozen ones."""
+
+    config: ModelConfig
+    _state: Any
+    """Abstract NNX state of the trained parameters."""
+
+    @abstractmethod
+    def bind(self, params: Params, frozen: Params | None = None) -> Transformer:
+        """The module with these trained and `frozen` parameters; call it inside a traced function."""
+
+    @abstractmethod
+    def merge(self, params: Params, frozen: Params | None = None) -> Params:
+        """The whole model as `Qwen3` knows it: what samplers and exports take."""
+
+    def abstract_params(self) -> Params:
+        """Shapes and dtypes of every trained parameter, without allocating any."""
+        return nnx.to_pure_dict(self._state)
+
+    def axes(self) -> Params:
+        """Logical axes of every trained parameter, in the structure of `abstract_params`."""
+        is_variable = lambda x: isinstance(x, nnx.Variable)  # noqa: E731
+
+        def of(path: tuple[Any, ...], variable: nnx.Variable) -> tuple[str, ...]:
+            stacked = ("layers",) if path[0].key == "layers" else ()
+            return (*stacked, *variable.get_metadata("axes"))
+
+        tree = jax.tree_util.tree_map_with_path(of, self._state, is_leaf=is_variable)
+        return nnx.to_pure_dict(tree)
+
+    def shardings(self, mesh: Mesh) -> Params:
+        """Where each trained parameter lies on `mesh`. Raises ValueError where a size does not divide."""
+        return jax.tree.map(lambda array, axes: sharding(mesh, array.shape, axes), self.abstract_params(), self.axes())
+
+    def num_params(self) -> int:
+        return sum(x.size for x in jax.tree.leaves(self.abstract_params()))
+
+
+class Qwen3(Trainable):
+    """Host-side handle of a whole model: initialisation, shardings, and binding of parameters."""
 
     def __init__(self, config: ModelConfig) -> None:
         self.config = config
@@ -85,11 +128,12 @@ class Qwen3:
         self._graphdef, self._state = nnx.split(abstract)
         self._block_graphdef, self._block_state = nnx.split(abstract.layers)
 
-    def bind(self, params: Params) -> Transformer:
-        """The module with these parameters; call it inside a traced function."""
-        state = jax.tree.map(lambda x: x, self._state)
-        nnx.replace_by_pure_dict(state, params)
-        return nnx.merge(self._graphdef, state)
+    def bind(self, params: Params, frozen: Params | None = None) -> Transformer:
+        assert frozen is None, "a whole model is trained whole"
+        return nnx.merge(self._graphdef, filled(self._state, params))
+
+    def merge(self, params: Params, frozen: Params | None = None) -> Params:
+        return params
 
     def unstack(self, params: Params) -> Params:
         """The parameters as decoding takes them: in the compute dtype, "layers" a list with one dict a layer.
@@ -104,31 +148,10 @@ class Qwen3:
         """The module, its own layers unbound, and the layers of `unstack`ed parameters; for a traced function."""
 
         def block(layer: Params) -> Block:
-            state = jax.tree.map(lambda x: x, self._block_state)
-            nnx.replace_by_pure_dict(state, layer)
-            return nnx.merge(self._block_graphdef, state)
+            return nnx.merge(self._block_graphdef, filled(self._block_state, layer))
 
         module = self.bind({name: value for name, value in params.items() if name != "layers"})
         return module, [block(layer) for layer in params["layers"]]
-
-    def abstract_params(self) -> Params:
-        """Shapes and dtypes of every parameter, without allocating any."""
-        return nnx.to_pure_dict(self._state)
-
-    def axes(self) -> Params:
-        """Logical axes of every parameter, in the structure of `abstract_params`."""
-        is_variable = lambda x: isinstance(x, nnx.Variable)  # noqa: E731
-
-        def of(path: tuple[Any, ...], variable: nnx.Variable) -> tuple[str, ...]:
-            stacked = ("layers",) if path[0].key == "layers" else ()
-            return (*stacked, *variable.get_metadata("axes"))
-
-        tree = jax.tree_util.tree_map_with_path(of, self._state, is_leaf=is_variable)
-        return nnx.to_pure_dict(tree)
-
-    def shardings(self, mesh: Mesh) -> Params:
-        """Where each parameter lies on `mesh`. Raises ValueError where a size does not divide."""
-        return jax.tree.map(lambda array, axes: sharding(mesh, array.shape, axes), self.abstract_params(), self.axes())
 
     def init(self, key: jax.Array, mesh: Mesh) -> Params:
         """Random parameters, born sharded: no device ever holds more than its part."""
@@ -140,5 +163,9 @@ class Qwen3:
 
         return init(key)
 
-    def num_params(self) -> int:
-        return sum(x.size for x in jax.tree.leaves(self.abstract_params()))
+
+def filled(abstract: Any, params: Params) -> Any:
+    """NNX state `abstract` with these values."""
+    state = jax.tree.map(lambda x: x, abstract)
+    nnx.replace_by_pure_dict(state, params)
+    return state

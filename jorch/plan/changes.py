@@ -78,7 +78,10 @@ def _options(job: Job, num_devices: int) -> Iterator[Change]:
         if rows % factor == 0:
             yield Change("batch.micro_rows", rows // factor, 0.5 + 0.1 * factor)  # more micro-batches, same result
     if job.model.remat == "none":
+        yield Change("model.remat", "save_attention", 1.4)  # a third more arithmetic, without attention's
         yield Change("model.remat", "full", 1.5)  # a third more arithmetic
+    if job.model.remat != "offload":
+        yield Change("model.remat", "offload", 3.0)  # and the layers' inputs travel to the host and back
     for size in (1, 2, 4, 8, 16):
         if size != job.mesh.fsdp and num_devices % size == 0:
             yield Change("mesh.fsdp", size, 1.0 + 0.1 * size)
@@ -86,6 +89,10 @@ def _options(job: Job, num_devices: int) -> Iterator[Change]:
             yield Change("mesh.context", size, 1.6 + 0.1 * size)
         if size > job.mesh.tensor:
             yield Change("mesh.tensor", size, 1.8 + 0.2 * size)
+    if job.optimizer.kind == "adam":
+        if job.optimizer.moment_dtype == "float32":
+            yield Change("optimizer.moment_dtype", "bfloat16", 2.5)  # first moments of 8 bits
+        yield Change("optimizer.kind", "adafactor", 4.0)  # another optimizer: its rate wants tuning
     for factor in (2, 4, 8):
         yield Change("batch.row_tokens", job.batch.row_tokens // factor, 4.0 + factor)  # long samples are lost
     if job.model.param_dtype == "float32":

@@ -14,7 +14,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AxisType, Mesh
 
-from jorch.model.transformer import Qwen3
+from jorch.model.lora import LoraQwen3
+from jorch.model.transformer import Qwen3, Trainable
 from jorch.plan.job import Job
 from jorch.plan.topology import Topology
 from jorch.sharding import MESH_AXES, mesh_shape, sharding
@@ -55,9 +56,11 @@ def compile_step(job: Job, topology: Topology) -> Compiled:
     devices = topologies.get_topology_desc(platform="tpu", topology_name=topology.name).devices
     shape = mesh_shape(job.mesh, len(devices))
     mesh = Mesh(np.array(devices).reshape(shape), MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
-    model, optimizer = Qwen3(job.model), make_optimizer(job.optimizer, 1000)
+    base, optimizer = Qwen3(job.model), make_optimizer(job.optimizer, 1000)
+    model: Trainable = LoraQwen3(base, job.lora) if job.lora else base
+    frozen = abstract_state(base, optimizer, mesh).params if job.lora else None
     step: Any = make_train_step(model, optimizer, cross_entropy, mesh)
-    arguments = (abstract_state(model, optimizer, mesh), _abstract_batch(job, mesh), 1.0)
+    arguments = (abstract_state(model, optimizer, mesh), _abstract_batch(job, mesh), 1.0, frozen)
     try:
         compiled = step.trace(*arguments).lower(lowering_platforms=("tpu",)).compile()
     except jax.errors.JaxRuntimeError as error:

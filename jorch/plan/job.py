@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from jorch.config import BatchConfig, MeshConfig, ModelConfig, OptimizerConfig, RlConfig, SftConfig
+from jorch.config import BatchConfig, LoraConfig, MeshConfig, ModelConfig, OptimizerConfig, RlConfig, SftConfig
 
 _COMMON = {"vocab_size": 151936, "num_key_value_heads": 8, "head_dim": 128, "rope_theta": 1e6}
 PUBLISHED = {
@@ -39,6 +39,8 @@ class Job:
     """Micro-batches of a step, at most."""
     with_reference: bool
     """RL with a KL penalty keeps the initial parameters."""
+    lora: LoraConfig | None
+    """An adapter is trained, the rest of the model is frozen."""
     model_prefix: str
     """Where the config has the model's settings: "model." in SFT's, "" in RL's."""
 
@@ -49,7 +51,9 @@ def job_of(config: SftConfig | RlConfig) -> Job:
     num_micro = -(-rows // config.batch.micro_rows)
     with_reference = isinstance(config, RlConfig) and config.algorithm.kl_coefficient > 0
     prefix = "model." if isinstance(config, SftConfig) else ""
-    return Job(_model(config), config.optimizer, config.batch, config.mesh, num_micro, with_reference, prefix)
+    return Job(
+        _model(config), config.optimizer, config.batch, config.mesh, num_micro, with_reference, config.lora, prefix
+    )
 
 
 def _rows_per_update(config: RlConfig) -> int:

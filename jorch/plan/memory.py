@@ -15,8 +15,9 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import AbstractMesh, AxisType
 
-from jorch.config import MeshConfig, ModelConfig, OptimizerConfig
-from jorch.model.transformer import Qwen3
+from jorch.config import LoraConfig, MeshConfig, ModelConfig, OptimizerConfig
+from jorch.model.lora import LoraQwen3
+from jorch.model.transformer import Qwen3, Trainable
 from jorch.plan.job import Job
 from jorch.sharding import MESH_AXES, mesh_shape
 from jorch.train.logprobs import CHUNK_TOKENS
@@ -32,9 +33,11 @@ class Memory:
     """Bytes on one device."""
 
     parameters: float
+    """Trained and frozen."""
     optimizer_state: float
     reference: float
     gradients: float
+    """Their sum over the micro-batches so far, in float32."""
     saved_activations: float
     """What all layers keep for the backward pass."""
     layer_backward: float
@@ -52,29 +55,34 @@ class Memory:
 def memory(job: Job, num_devices: int, attention: Attention) -> Memory:
     """Raises ValueError where the mesh does not cover the devices, or a size does not divide over it."""
     # Frozen models are hashable, which pyright does not see.
-    parameters, optimizer_state = _state_bytes(job.model, job.optimizer, job.mesh, num_devices)  # pyright: ignore[reportArgumentType]
+    key: Any = job.model, job.lora, job.optimizer, job.mesh
+    trained, frozen, optimizer_state, gradients = _state_bytes(*key, num_devices)
     _check_batch(job, num_devices)
     saved, backward = _activation_bytes(job, num_devices, attention)
     return Memory(
-        parameters=parameters,
+        parameters=trained + frozen,
         optimizer_state=optimizer_state,
-        reference=parameters if job.with_reference else 0.0,
-        gradients=parameters,  # their sum over the micro-batches so far
+        reference=trained if job.with_reference else 0.0,
+        gradients=gradients,
         saved_activations=saved,
-        layer_backward=backward + parameters,
+        layer_backward=backward + trained,
         logits=_logit_bytes(job),
     )
 
 
 @cache
 def _state_bytes(
-    model: ModelConfig, optimizer: OptimizerConfig, mesh: MeshConfig, num_devices: int
-) -> tuple[float, float]:
-    """(parameters, optimizer state) on the fullest device."""
+    model: ModelConfig, lora: LoraConfig | None, optimizer: OptimizerConfig, mesh: MeshConfig, num_devices: int
+) -> tuple[float, float, float, float]:
+    """(trained parameters, frozen ones, optimizer state, float32 gradients) on the fullest device."""
     abstract_mesh = AbstractMesh(mesh_shape(mesh, num_devices), MESH_AXES, (AxisType.Auto,) * len(MESH_AXES))
     shardable: Any = abstract_mesh  # shardings need its shape alone
-    state = abstract_state(Qwen3(model), make_optimizer(optimizer, 1000), shardable)
-    return _bytes(state.params), _bytes(state.opt_state)
+    base, rule = Qwen3(model), make_optimizer(optimizer, 1000)
+    trained: Trainable = LoraQwen3(base, lora) if lora else base
+    state = abstract_state(trained, rule, shardable)
+    frozen = _bytes(abstract_state(base, rule, shardable).params) if lora else 0.0
+    in_float32 = jax.tree.map(lambda x: x.update(dtype=jnp.float32), state.params)
+    return _bytes(state.params), frozen, _bytes(state.opt_state), _bytes(in_float32)
 
 
 def _bytes(tree: object) -> float:
@@ -115,11 +123,21 @@ def _activation_bytes(job: Job, num_devices: int, attention: Attention) -> tuple
         # float32 scores, weights and their gradient, and the weights in the compute dtype, over all keys.
         scores = (3 * 4 + width) * tokens * job.batch.row_tokens * N / tensor
     layer = (D * (N + 2 * K) * H + N * H * D + 3 * D * F) / tensor
-    # FSDP gathers a layer in the compute dtype; its gradients exist whole before they are scattered.
-    gathered = layer * (width + 4) if fsdp > 1 else layer * width
-    if model.remat == "full":
-        return L * tokens * width * D, inside + scores + gathered
-    return L * (inside + scores), scores + gathered
+    # FSDP gathers a layer in the compute dtype; its gradients, if it has any, exist whole before they are scattered.
+    gathered = layer * (width + 4) if fsdp > 1 and not job.lora else layer * width
+    inputs = tokens * width * D
+    match model.remat:
+        case "none":
+            return L * (inside + scores), scores + gathered
+        case "full":
+            return L * inputs, inside + scores + gathered
+        case "save_attention":
+            # The outputs of attention, and for tiles float32 log-sum-exps.
+            outputs = tokens * N / tensor * (H * width + 4)
+            return L * (inputs + outputs), inside + scores + gathered
+        case "offload":
+            # One layer's inputs are at work while the next ones travel.
+            return 2 * inputs, inside + scores + gathered
 
 
 def _logit_bytes(job: Job) -> float:
@@ -127,5 +145,6 @@ def _logit_bytes(job: Job) -> float:
     model, tensor = job.model, job.mesh.tensor
     # A chunk is of the whole micro-batch: its logits are sharded over the vocabulary only.
     chunk = min(job.batch.micro_rows * job.batch.row_tokens, CHUNK_TOKENS)
-    unembedding = model.vocab_size * model.hidden_size / tensor * (jnp.dtype(model.compute_dtype).itemsize + 4)
+    gradient = 0 if job.lora else 4
+    unembedding = model.vocab_size * model.hidden_size / tensor * (jnp.dtype(model.compute_dtype).itemsize + gradient)
     return 4 * chunk * model.vocab_size / tensor + unembedding

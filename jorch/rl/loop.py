@@ -15,15 +15,18 @@ from typing import Any
 
 import jax
 import numpy as np
+import optax
 from jax.sharding import Mesh
 
-from jorch.checkpoint import Checkpoints
+from jorch.checkpoint import Checkpoints, base_meta, check_base, describe
 from jorch.config import RlConfig
 from jorch.data.chat import render_observation
 from jorch.data.packing import fill_fraction, pack
 from jorch.data.tasks import TaskStream, read_jsonl
 from jorch.export import hf, pretrained
 from jorch.metrics import MetricWriter, Stage, stage
+from jorch.model import lora
+from jorch.model.transformer import Params, Trainable
 from jorch.rl.advantages import keeps_group
 from jorch.rl.losses import policy_loss
 from jorch.rl.report import TrajectoryLog, rollout_metrics
@@ -36,6 +39,7 @@ from jorch.rollout.tool_client import ToolClient
 from jorch.run_folder import open_run_folder
 from jorch.serving.samplers import make_sampler
 from jorch.sharding import make_mesh, shard_batch
+from jorch.stopping import Terminated, on_sigterm
 from jorch.train.optimizer import make_optimizer
 from jorch.train.state import TrainState, abstract_state, init_state
 from jorch.train.step import TrainStep, make_logprobs_fn, make_train_step
@@ -48,12 +52,21 @@ class Learner:
 
     config: RlConfig
     mesh: Mesh
+    model: Trainable
+    frozen: Params | None
+    """Parameters that are not trained: the base of an adapter, or None."""
+    optimizer: optax.GradientTransformation
     train_step: TrainStep
     logprobs_fn: Any
     state: TrainState
     reference: Any
-    """Parameters of the KL penalty's frozen policy; None where there is no penalty."""
+    """Trained parameters as they began, the KL penalty's frozen policy; None where there is no penalty."""
     skipped_in_a_row: int = 0
+
+    @property
+    def params(self) -> Params:
+        """Of the whole model: what samplers and exports take."""
+        return self.model.merge(self.state.params, self.frozen)
 
     def update(self, groups: list[Group]) -> dict[str, float]:
         """One pass over the kept groups, in `num_minibatches` optimizer updates; nothing if none are left."""
@@ -63,7 +76,7 @@ class Learner:
         packed = time.perf_counter()
         totals: list[dict[str, jax.Array]] = []
         for batch, num_sequences, _ in batches:
-            self.state, metrics = self.train_step(self.state, batch, num_sequences)
+            self.state, metrics = self.train_step(self.state, batch, num_sequences, self.frozen)
             totals.append(metrics)
         means = {name: float(np.mean([float(m[name]) for m in totals])) for name in (totals or [{}])[0]}
         return means | {
@@ -83,9 +96,9 @@ class Learner:
         batch = shard_batch(self.mesh, batch)
         if self.config.num_minibatches > 1:
             # Taken before the first update, so that every minibatch's ratio is to the same policy.
-            batch = batch._replace(old_logprobs=self.logprobs_fn(self.state.params, batch))
+            batch = batch._replace(old_logprobs=self.logprobs_fn(self.state.params, batch, self.frozen))
         if self.reference is not None:
-            batch = batch._replace(ref_logprobs=self.logprobs_fn(self.reference, batch))
+            batch = batch._replace(ref_logprobs=self.logprobs_fn(self.reference, batch, self.frozen))
         return batch, float(sum(s.num_copies for s in samples)), fill
 
 
@@ -121,28 +134,35 @@ def train(
     sampler: Sampler,
     url: str,
 ) -> None:
-    """Train in an open run folder from its newest checkpoint on; the sampler ends with the final weights."""
+    """Train in an open run folder from its newest checkpoint on; the sampler ends with the final weights.
+
+    Raises Terminated after SIGTERM, with a checkpoint of the last step.
+    """
     mesh = make_mesh(config.mesh)
     hf.save_architecture(folder, start.model.config, start.tokenizer)
     learner = make_learner(config, mesh, start)
     with Checkpoints(folder / "checkpoints", config.checkpoint) as checkpoints:
         first_step = _restore(learner, checkpoints, start)
-        sampler.publish(learner.state.params, first_step)
+        sampler.publish(learner.params, first_step)
         asyncio.run(_train(config, folder, tasks, start, learner, sampler, checkpoints, url))
-    hf.save(folder / "model", start.model.config, learner.state.params, start.tokenizer)
+    hf.save(folder / "model", start.model.config, learner.params, start.tokenizer)
 
 
 def make_learner(config: RlConfig, mesh: Mesh, start: pretrained.Pretrained) -> Learner:
     algorithm = config.algorithm
     optimizer = make_optimizer(config.optimizer, config.steps * config.num_minibatches)
     loss_fn = partial(policy_loss, config=algorithm, on_policy=config.num_minibatches == 1)
+    model, params, frozen = lora.start(start.model, start.params, config.lora, config.seed, mesh)
     return Learner(
         config,
         mesh,
-        make_train_step(start.model, optimizer, loss_fn, mesh, with_entropy=algorithm.entropy_coefficient > 0),
-        make_logprobs_fn(start.model),
-        init_state(start.model, optimizer, mesh, start.params),
-        start.params if algorithm.kl_coefficient > 0 else None,
+        model,
+        frozen,
+        optimizer,
+        make_train_step(model, optimizer, loss_fn, mesh, with_entropy=algorithm.entropy_coefficient > 0),
+        make_logprobs_fn(model, mesh),
+        init_state(model, optimizer, mesh, params),
+        params if algorithm.kl_coefficient > 0 else None,
     )
 
 
@@ -151,10 +171,10 @@ def _restore(learner: Learner, checkpoints: Checkpoints, start: pretrained.Pretr
     if checkpoints.latest_step() is None:
         return 0
     config = learner.config
-    optimizer = make_optimizer(config.optimizer, config.steps * config.num_minibatches)
-    learner.state, meta, step = checkpoints.restore(abstract_state(start.model, optimizer, learner.mesh))
-    if meta["tokenizer_digest"] != start.tokenizer.digest:
-        raise ValueError(f"the checkpoint in {config.out} belongs to another tokenizer than {config.init_from}")
+    wanted = abstract_state(learner.model, learner.optimizer, learner.mesh)
+    here = describe(config, start.model.config, start.tokenizer.digest)
+    learner.state, meta, step = checkpoints.restore(wanted, here)
+    check_base(meta, config.init_from, learner.frozen)
     return step
 
 
@@ -170,15 +190,18 @@ async def _train(
 ) -> None:
     first_step = sampler.policy_version
     stream = TaskStream(tasks, config.tasks_per_step, config.seed)
-    meta = {"tokenizer_digest": start.tokenizer.digest, "seed": config.seed}
+    meta = describe(config, start.model.config, start.tokenizer.digest)
+    meta |= base_meta(config.init_from, learner.frozen)
     async with ToolClient(url, timeout_s=config.rollout.call_timeout_s, retries=config.rollout.call_retries) as tools:
         driver = Driver(sampler, tools, start.tokenizer, config.chat, config.rollout)
         sampler.warm_up(len(start.tokenizer.encode(render_observation(["output"], config.chat.style))))
-        checkpoints.save(first_step, learner.state, meta, force=True)
+        position = {"data_position": first_step * config.tasks_per_step}
+        checkpoints.save(first_step, learner.state, meta | position, force=True)
         with (
             MetricWriter(folder, first_step) as writer,
             TrajectoryLog(folder, first_step, start.tokenizer, config.log_trajectories) as log,
             stage("reinforcement learning", config.steps) as progress,
+            on_sigterm() as told_to_end,
         ):
             progress.advance(first_step)
             for step in range(first_step, config.steps):
@@ -186,8 +209,13 @@ async def _train(
                 metrics, groups = await take_step(config, step, batch_tasks, driver, sampler, learner)
                 writer.write(step, metrics)
                 log.write(step, groups)
-                checkpoints.save(step + 1, learner.state, meta, force=step + 1 == config.steps)
+                ends, is_last = told_to_end(step + 1), step + 1 == config.steps
+                position = {"data_position": (step + 1) * config.tasks_per_step}
+                checkpoints.save(step + 1, learner.state, meta | position, metrics=metrics, force=ends or is_last)
                 _advance(progress, metrics)
+                if ends and not is_last:
+                    checkpoints.wait()
+                    raise Terminated(f"stopped by SIGTERM after step {step}, which is saved")
 
 
 async def take_step(
@@ -213,7 +241,7 @@ async def take_step(
     scored = time.perf_counter()
     metrics = learner.update(kept)
     _check_finite(metrics, learner, config, step)
-    sampler.publish(learner.state.params, step + 1)
+    sampler.publish(learner.params, step + 1)
     sample_s = sampler.stats.busy_s - busy_s
     metrics |= rollout_metrics(groups, _flat(trajectories))
     metrics |= {

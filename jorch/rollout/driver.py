@@ -15,6 +15,7 @@ import numpy as np
 
 from jorch.config import ChatConfig, RolloutConfig
 from jorch.data.chat import ParsedCalls, parse_calls, render_observation, render_prompt, truncate_middle
+from jorch.data.conversation import Conversation
 from jorch.data.tokenizer import Tokenizer
 from jorch.rollout.sampler import Sampler
 from jorch.rollout.tool_client import Call, OpenSession, SessionOpened, SessionRecord, ToolClient, ToolServerDown
@@ -128,7 +129,8 @@ class Driver:
     ) -> Trajectory:
         opening = _open(self.tools, task, session_id, seed)
         opened = None if task.environment in _SELF_CONTAINED else await _accepted(task, opening)
-        token_ids = self._prompt(task, opened)
+        conversation = self._conversation(task, opened) if self.chat.history == "template" else None
+        token_ids = conversation.prompt_ids if conversation else self._prompt(task, opened)
         turns: list[Turn] = []
         malformed = 0
         termination: Termination = "max_turns"
@@ -148,8 +150,10 @@ class Driver:
             if ending:
                 termination = ending
                 break
-            observation = self._observation(results)
-            token_ids = np.concatenate([token_ids, completion.token_ids, observation])
+            if conversation:
+                token_ids = conversation.extend(completion.token_ids, _replies(calls, results))
+            else:
+                token_ids = np.concatenate([token_ids, completion.token_ids, self._observation(results)])
         await _accepted(task, opening)
         self.sampler.release(trajectory_id)  # before the verdict: the siblings' next turn need not wait for it
         record = await self.tools.finish(session_id)
@@ -224,10 +228,12 @@ class Driver:
             tool_counts=record.tool_counts,
         )
 
+    def _conversation(self, task: Task, opened: SessionOpened | None) -> Conversation:
+        return Conversation(*_said(task, opened), self.tokenizer, self.config.max_prompt_tokens)
+
     def _prompt(self, task: Task, opened: SessionOpened | None) -> np.ndarray:
         if task.task_id not in self._prompts:
-            messages = (opened and opened.messages) or task.messages
-            tools = (opened and opened.tools) or task.tools
+            messages, tools = _said(task, opened)
             text = render_prompt(messages, tools, self.chat.style)
             ids = self.tokenizer.encode(text)
             self._prompts[task.task_id] = truncate_middle(ids, self.config.max_prompt_tokens)
@@ -245,6 +251,20 @@ class Driver:
             text = render_observation(contents, self.chat.style)
             self._observations[contents] = self.tokenizer.encode(text)
         return self._observations[contents]
+
+
+def _said(task: Task, opened: SessionOpened | None) -> tuple[Sequence[dict], Sequence[dict]]:
+    """The first messages and the tools, which some environments bring along."""
+    return (opened and opened.messages) or task.messages, (opened and opened.tools) or task.tools
+
+
+def _replies(calls: Sequence[ToolCall], results: Sequence[ToolResult]) -> list[dict[str, str]]:
+    """Results as messages. A call without a name is a message to the user, whose answer it gets."""
+    to_user = [not call.name for call in calls] + [False] * (len(results) - len(calls))
+    return [
+        {"role": "user" if to_user and result.error is None else "tool", "content": result.content}
+        for to_user, result in zip(to_user, results, strict=True)
+    ]
 
 
 def _derive_seed(seed: int, name: str) -> int:

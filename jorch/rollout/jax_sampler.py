@@ -194,11 +194,14 @@ class _Lane:
             weights, batch = self._sampler.weights, self._batch
             requests = [row.request for row in rows if row.request]
             [temperature] = {request.temperature for request in requests}
-            if batch.is_empty or batch.shrink([row.index for row in live]):
+            anew = batch.is_empty or not all(map(_extends_cache, rows))
+            if anew or batch.shrink([row.index for row in live]):
                 for index, row in enumerate(live):
                     row.index = index
-            if batch.is_empty:
-                batch.prefill(weights, [row.request and row.request.prompt_token_ids for row in live])
+            if anew:
+                batch.prefill(
+                    weights, [row.request.prompt_token_ids if row.request else row.cached_ids for row in live]
+                )
             else:
                 batch.append(weights, {row.index: _new_tokens(row) for row in rows})
             turns = {row.index: (r.max_tokens, r.seed) for row, r in zip(rows, requests, strict=True)}
@@ -214,9 +217,12 @@ class _Lane:
         return Completion(ids, logprobs, reason, self._sampler.policy_version)
 
 
+def _extends_cache(row: _Row) -> bool:
+    assert row.request is not None
+    return np.array_equal(row.request.prompt_token_ids[: len(row.cached_ids)], row.cached_ids)
+
+
 def _new_tokens(row: _Row) -> np.ndarray:
     """What the request's prompt adds to the tokens in the cache."""
     assert row.request is not None
-    prompt, cached = row.request.prompt_token_ids, row.cached_ids
-    assert np.array_equal(prompt[: len(cached)], cached), "a prompt must extend its trajectory's tokens"
-    return prompt[len(cached) :]
+    return row.request.prompt_token_ids[len(row.cached_ids) :]

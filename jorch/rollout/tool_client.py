@@ -2,12 +2,15 @@
 
 Calls made in the same event-loop tick travel in one request, so hundreds of concurrent trajectories need few
 connections. Every request may be repeated (`tools_server/wire.py`), so a network failure is retried with
-exponential back-off; when that is spent, `ToolServerDown` names the address and the last failure.
+exponential back-off; when that is spent, `ToolServerDown` names the address and the last failure. A server that has
+no room (HTTP 429) has accepted nothing: its `Retry-After` is kept, and a batch of several goes again in two halves.
 """
 
 import asyncio
 import json
 import os
+import random
+import time
 from collections.abc import Callable
 from typing import Any, NamedTuple, Self
 
@@ -27,10 +30,16 @@ from tools_server.wire import (
 TOKEN_VARIABLE = "JORCH_TOOLS_TOKEN"
 BACKOFF_S = 0.5
 """Before the first retry; doubled before each further one."""
+BUSY_S = 600.0
+"""For how long a server may have no room for a request."""
 
 
 class ToolServerDown(ConnectionError):
     """The server did not answer after all retries. The message names its address and the last failure."""
+
+
+class _NoRoom(Exception):
+    """The server accepted nothing of a batch; a smaller one may find room."""
 
 
 class _Endpoint(NamedTuple):
@@ -121,10 +130,17 @@ class ToolClient:
         """Send one batch and give every waiter its own answer, or its own copy of the failure."""
         try:
             payload = await self._request(
-                "POST", endpoint.path, {endpoint.items: [endpoint.encode(item) for item, _ in batch]}
+                "POST", endpoint.path, {endpoint.items: [endpoint.encode(item) for item, _ in batch]}, len(batch) > 1
             )
             records = [endpoint.decode(**record) for record in payload[endpoint.answers]]
             assert len(records) == len(batch), (endpoint.path, len(records), len(batch))
+        except _NoRoom:
+            try:
+                await self._exchange(endpoint, batch[: len(batch) // 2])
+                await self._exchange(endpoint, batch[len(batch) // 2 :])
+            finally:
+                for _, answer in batch:
+                    answer.cancel()  # those that were not sent; one that is there stays
         except asyncio.CancelledError:
             for _, answer in batch:
                 answer.cancel()
@@ -139,28 +155,45 @@ class ToolClient:
                 if not answer.done():
                     answer.set_result(record)
 
-    async def _request(self, method: str, path: str, payload: dict[str, Any] | None = None) -> dict[str, Any]:
-        """The answer's JSON object, after as many attempts as it takes and `retries` allow."""
+    async def _request(
+        self, method: str, path: str, payload: dict[str, Any] | None = None, divisible: bool = False
+    ) -> dict[str, Any]:
+        """The answer's JSON object, after as many attempts as it takes and `retries` allow; waits for room are none.
+
+        Raises _NoRoom where the server is full and the request is `divisible`.
+        """
         body = None if payload is None else json.dumps(payload).encode()
-        failure = ""
-        for attempt in range(self._retries + 1):
+        failure, attempt, full_since_s = "", 0, None
+        while attempt <= self._retries:
             if attempt:
                 await asyncio.sleep(BACKOFF_S * 2 ** (attempt - 1))
+            attempt += 1
             try:
                 async with self._http.request(
                     method, self.url + path, data=body, headers={"Content-Type": "application/json"}
                 ) as response:
                     status, text = response.status, await response.read()
+                    wait_s = _seconds(response.headers.get("Retry-After", ""))
             except TimeoutError:
                 failure = f"no answer within {self._timeout_s:g} s"
                 continue
             except (aiohttp.ClientError, OSError) as error:
                 failure = str(error) or type(error).__name__
                 continue
+            if status == 429:
+                if divisible:
+                    raise _NoRoom
+                full_since_s = full_since_s or time.monotonic()
+                if time.monotonic() - full_since_s > BUSY_S:
+                    failure = f"no room for {BUSY_S:g} s: {_error_line(text)}"
+                    break
+                attempt = 0
+                await asyncio.sleep(wait_s * random.uniform(1.0, 1.5))  # apart from the others that wait
+                continue
             if status < 500:
                 return self._read(path, status, text)
             failure = f"HTTP {status}: {_error_line(text)}"
-        attempts = "1 attempt" if self._retries == 0 else f"{self._retries + 1} attempts"
+        attempts = "1 attempt" if attempt == 1 else f"{attempt} attempts"
         raise ToolServerDown(f"tool server {self.url} does not answer ({attempts} at {path}): {failure}")
 
     def _read(self, path: str, status: int, text: bytes) -> dict[str, Any]:
@@ -170,6 +203,11 @@ class ToolClient:
             return json.loads(text)
         except ValueError:
             raise ValueError(f"{self.url} is no tool server: {path} did not answer with JSON") from None
+
+
+def _seconds(retry_after: str) -> float:
+    """Of the header: at least BACKOFF_S, also where it is missing or a date."""
+    return max(BACKOFF_S, float(retry_after)) if retry_after.isdigit() else BACKOFF_S
 
 
 def _error_line(text: bytes) -> str:

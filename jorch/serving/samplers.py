@@ -5,9 +5,10 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-from jorch.config import RolloutConfig, SamplerConfig
+from jorch.config import ModelConfig, RolloutConfig, SamplerConfig
 from jorch.export import hf, pretrained
 from jorch.export.heads import widen
+from jorch.export.source import Held, Source
 from jorch.rollout.jax_sampler import JaxSampler
 from jorch.rollout.sampler import Sampler
 from jorch.rollout.vllm_sampler import VllmSampler
@@ -57,10 +58,11 @@ class Weights:
     def write(self, params: Any, version: int) -> Path:
         """Raises OSError naming the folder."""
         target = self._folder / f"v{version}"
-        config, served = self._start.model.config, params
+        config: ModelConfig = self._start.model.config
+        served: Source = Held(params)
         if on_cpu():
             config, served = widen(config, served)
-        hf.save(target, config, served, self._start.tokenizer, {"policy_version": version})
+        hf.write(target, config, served, self._start.tokenizer, {"policy_version": version})
         return target
 
     def publish(self, params: Any, version: int, urls: list[str]) -> dict[str, str]:

@@ -10,15 +10,17 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from jorch.checkpoint import Checkpoints
+from jorch.checkpoint import Checkpoints, base_meta, check_base, describe
 from jorch.config import SftConfig
 from jorch.data.chat import demonstration_tokens
 from jorch.data.packing import fill_fraction, pack
 from jorch.data.tokenizer import Tokenizer
 from jorch.metrics import MetricWriter, Stage, stage
+from jorch.model import lora
 from jorch.model.transformer import Params, Qwen3
 from jorch.processes import is_writer
 from jorch.sharding import shard_batch
+from jorch.stopping import Terminated, on_sigterm
 from jorch.train.optimizer import make_optimizer
 from jorch.train.speed import Clock, device_kind, speed
 from jorch.train.state import abstract_state, init_state
@@ -49,20 +51,24 @@ def train(
     tokenizer: Tokenizer,
     demonstrations: Demonstrations,
 ) -> Params:
-    """Train in an open run folder, continuing from its newest checkpoint; the final parameters."""
+    """Train in an open run folder, continuing from its newest checkpoint; the final parameters of the whole model.
+
+    Raises Terminated after SIGTERM, with a checkpoint of the last step.
+    """
+    trained, start, frozen = lora.start(model, params, config.lora, config.seed, mesh)
     optimizer = make_optimizer(config.optimizer, config.steps)
-    train_step = make_train_step(model, optimizer, cross_entropy, mesh)
-    state = init_state(model, optimizer, mesh, params)
-    meta = {"tokenizer_digest": tokenizer.digest, "seed": config.seed}
+    train_step = make_train_step(trained, optimizer, cross_entropy, mesh)
+    state = init_state(trained, optimizer, mesh, start)
+    meta = describe(config, model.config, tokenizer.digest) | base_meta(config.init_from, frozen)
     with Checkpoints(folder / "checkpoints", config.checkpoint) as checkpoints:
         first_step = 0
         if checkpoints.latest_step() is not None:
-            state, restored, first_step = checkpoints.restore(abstract_state(model, optimizer, mesh))
-            if restored["tokenizer_digest"] != tokenizer.digest:
-                raise ValueError(f"the checkpoint in {config.out} belongs to another tokenizer")
+            state, restored, first_step = checkpoints.restore(abstract_state(trained, optimizer, mesh), meta)
+            check_base(restored, config.init_from, frozen)
         with (
             MetricWriter(folder, first_step) if is_writer() else contextlib.nullcontext() as writer,
             stage("behaviour cloning", config.steps) as progress,
+            on_sigterm() as told_to_end,
         ):
             progress.advance(first_step)
             report = _Report(config, model, writer, progress)
@@ -70,15 +76,20 @@ def train(
                 with report.clock.part("data"):
                     batch = _batch(config, step, tokenizer, demonstrations)
                     placed = shard_batch(mesh, batch)
-                state, metrics = train_step(state, placed, float(config.rows_per_step))
+                state, metrics = train_step(state, placed, float(config.rows_per_step), frozen)
                 # The devices work on this step while the host reads the one before.
                 report.read()
                 report.dispatched(step, metrics, batch)
+                ends = told_to_end(step + 1)
                 is_last = step + 1 == config.steps
-                if is_last or (step + 1) % config.checkpoint.every_steps == 0:
-                    report.read()  # a checkpoint promises the metrics of the steps before it
-                checkpoints.save(step + 1, state, meta, force=is_last)
-    return state.params
+                if ends or is_last or checkpoints.is_due(step + 1):
+                    values = report.read()  # a checkpoint promises the metrics of the steps before it
+                    position = {"data_position": (step + 1) * config.rows_per_step}
+                    checkpoints.save(step + 1, state, meta | position, metrics=values, force=ends or is_last)
+                if ends and not is_last:
+                    checkpoints.wait()
+                    raise Terminated(f"stopped by SIGTERM after step {step}, which is saved")
+    return trained.merge(state.params, frozen)
 
 
 class _Report:
@@ -94,13 +105,14 @@ class _Report:
         """Remember a step for the next `read`."""
         self._waiting = step, metrics, batch
 
-    def read(self) -> None:
-        """Raises FloatingPointError where too many gradients in a row were not finite."""
+    def read(self) -> dict[str, float]:
+        """The step's metrics. Raises FloatingPointError where too many gradients in a row were not finite."""
         if self._waiting is None:
-            return
+            return {}
         (step, metrics, batch), self._waiting = self._waiting, None
         with self.clock.part("compute"):
             values = {name: float(value) for name, value in metrics.items()}
+        values["train/perplexity"] = math.exp(min(values["train/loss"], 50.0))
         self._skipped_in_a_row = self._skipped_in_a_row + 1 if values["train/skipped"] else 0
         if self._skipped_in_a_row >= self._config.optimizer.max_nonfinite_steps:
             raise FloatingPointError(
@@ -108,11 +120,13 @@ class _Report:
             )
         times = self.clock.lap()
         if self._writer and (step % self._config.log_every == 0 or step + 1 == self._config.steps):
-            perplexity = math.exp(min(values["train/loss"], 50.0))
-            values |= {"train/perplexity": perplexity, "packing/fill": fill_fraction(batch)} | times
-            values |= speed(self._model.config, batch, times["time/step_s"], device_kind(), jax.device_count())
-            self._writer.write(step, values)
+            here = {"packing/fill": fill_fraction(batch)} | times
+            here |= speed(
+                self._model.config, batch, times["time/step_s"], device_kind(), jax.device_count(), self._config.lora
+            )
+            self._writer.write(step, values | here)
         self._progress.advance(loss=values["train/loss"])
+        return values
 
 
 def _batch(config: SftConfig, step: int, tokenizer: Tokenizer, demonstrations: Demonstrations) -> PackedBatch:

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 import jax
 import numpy as np
 
-from jorch.config import ModelConfig
+from jorch.config import LoraConfig, ModelConfig
 from jorch.flops import peak_flops, train_flops
 from jorch.types import PackedBatch
 
@@ -37,7 +37,12 @@ class Clock:
 
 
 def speed(
-    config: ModelConfig, batch: PackedBatch, step_s: float, device_kind: str, num_devices: int
+    config: ModelConfig,
+    batch: PackedBatch,
+    step_s: float,
+    device_kind: str,
+    num_devices: int,
+    lora: LoraConfig | None = None,
 ) -> dict[str, float]:
     """The metrics speed/* of a step over a host batch; without MFU where the device's peak is unknown."""
     held = np.asarray(batch.segment_ids) > 0
@@ -49,7 +54,9 @@ def speed(
     # A token sees itself and its predecessors, of whom its position is the number.
     pairs = {"mfu": int((np.asarray(batch.positions)[held] + 1).sum()), "mfu_dense": num_tokens * held.shape[-1]}
     available = step_s * num_devices * peak
-    return metrics | {f"speed/{name}": train_flops(config, num_tokens, p) / available for name, p in pairs.items()}
+    return metrics | {
+        f"speed/{name}": train_flops(config, num_tokens, p, lora) / available for name, p in pairs.items()
+    }
 
 
 def device_kind() -> str:

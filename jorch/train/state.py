@@ -7,19 +7,19 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
 
-from jorch.model.transformer import Params, Qwen3
+from jorch.model.transformer import Params, Trainable
 from jorch.sharding import replicated
 
 
 class TrainState(NamedTuple):
-    """A pytree: step i32[] (updates tried so far), parameters, optimizer state."""
+    """A pytree: step i32[] (updates tried so far), trained parameters, optimizer state. Frozen ones are not in it."""
 
     step: Any
     params: Params
     opt_state: Any
 
 
-def state_shardings(model: Qwen3, optimizer: optax.GradientTransformation, mesh: Mesh) -> TrainState:
+def state_shardings(model: Trainable, optimizer: optax.GradientTransformation, mesh: Mesh) -> TrainState:
     """Where every leaf of the state lies: optimizer moments beside their parameters, scalars everywhere."""
     params, everywhere = model.shardings(mesh), replicated(mesh)
     abstract = model.abstract_params()
@@ -45,7 +45,7 @@ def _names(path: tuple[Any, ...]) -> tuple[str, ...]:
     return tuple(entry.key for entry in path if isinstance(entry, jax.tree_util.DictKey))
 
 
-def init_state(model: Qwen3, optimizer: optax.GradientTransformation, mesh: Mesh, params: Params) -> TrainState:
+def init_state(model: Trainable, optimizer: optax.GradientTransformation, mesh: Mesh, params: Params) -> TrainState:
     """The state of step 0 around given (already sharded) parameters, which are copied."""
     shardings = state_shardings(model, optimizer, mesh)
 
@@ -55,7 +55,7 @@ def init_state(model: Qwen3, optimizer: optax.GradientTransformation, mesh: Mesh
     return jax.jit(init, out_shardings=shardings)(params)
 
 
-def abstract_state(model: Qwen3, optimizer: optax.GradientTransformation, mesh: Mesh) -> TrainState:
+def abstract_state(model: Trainable, optimizer: optax.GradientTransformation, mesh: Mesh) -> TrainState:
     """Shapes, dtypes and shardings of the state: what a checkpoint is restored into."""
     params = model.abstract_params()
     shapes = TrainState(jax.ShapeDtypeStruct((), jnp.int32), params, jax.eval_shape(optimizer.init, params))

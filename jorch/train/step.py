@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
 
-from jorch.model.transformer import Params, Qwen3
+from jorch.model.transformer import Params, Trainable
 from jorch.sharding import replicated
 from jorch.train.logprobs import token_logprobs
 from jorch.train.state import TrainState, state_shardings
@@ -34,12 +34,16 @@ class LossFn(Protocol):
     ) -> tuple[jax.Array, Metrics]: ...
 
 
-TrainStep = Callable[[TrainState, PackedBatch, Any], tuple[TrainState, Metrics]]
-"""(state, batch [M, B, T], num_sequences) -> (state, metrics); the state is donated."""
+class TrainStep(Protocol):
+    """(state, batch [M, B, T], number of sequences, frozen parameters) -> (state, metrics); the state is donated."""
+
+    def __call__(
+        self, state: TrainState, batch: PackedBatch, num_sequences: Any, frozen: Params | None = None, /
+    ) -> tuple[TrainState, Metrics]: ...
 
 
 def make_train_step(
-    model: Qwen3,
+    model: Trainable,
     optimizer: optax.GradientTransformation,
     loss_fn: LossFn,
     mesh: Mesh,
@@ -52,23 +56,26 @@ def make_train_step(
     """
 
     def micro_loss(
-        params: Params, batch: PackedBatch, loss_tokens: jax.Array, num_sequences: jax.Array
+        params: Params, frozen: Params | None, batch: PackedBatch, loss_tokens: jax.Array, num_sequences: jax.Array
     ) -> tuple[jax.Array, Metrics]:
-        module = model.bind(params)
-        hidden_BTD = module.hidden(batch.token_ids, batch.positions, batch.visible_until)
+        module = model.bind(params, frozen)
+        hidden_BTD = module.hidden(batch.token_ids, batch.positions, batch.visible_until, mesh)
         logprobs_BT, entropy_BT = token_logprobs(hidden_BTD, module.unembedding_VD, batch, with_entropy=with_entropy)
         return loss_fn(logprobs_BT, entropy_BT, batch, loss_tokens, num_sequences)
 
-    def step(state: TrainState, batch: PackedBatch, num_sequences: Any) -> tuple[TrainState, Metrics]:
+    def step(
+        state: TrainState, batch: PackedBatch, num_sequences: Any, frozen: Params | None = None
+    ) -> tuple[TrainState, Metrics]:
         loss_tokens = jnp.maximum(jnp.sum(batch.loss_weights), 1.0)
         num_sequences = jnp.maximum(num_sequences, 1.0)
         grad_fn = jax.value_and_grad(micro_loss, has_aux=True)
 
         def of_micro(index: Any) -> tuple[tuple[jax.Array, Metrics], Params]:
             micro = jax.tree.map(lambda x: x[index], batch)
-            return grad_fn(state.params, micro, loss_tokens, num_sequences)
+            return grad_fn(state.params, frozen, micro, loss_tokens, num_sequences)
 
-        zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(of_micro, 0))
+        # Summed in float32 whatever the parameters are in, or the sum would depend on the number of addends.
+        zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), jax.eval_shape(of_micro, 0))
         # Packing fills micro-batches from the first on; the empty ones at the end are not visited.
         num_filled = jnp.sum(jnp.any(batch.loss_weights > 0, axis=(1, 2)))
         (loss, metrics), grads = jax.lax.fori_loop(
@@ -93,13 +100,13 @@ def make_train_step(
     return jax.jit(step, donate_argnums=0, out_shardings=(shardings, replicated(mesh)))
 
 
-def make_logprobs_fn(model: Qwen3) -> Callable[[Params, PackedBatch], jax.Array]:
-    """Jitted log-probabilities f32[M, B, T] of a packed batch under given parameters."""
+def make_logprobs_fn(model: Trainable, mesh: Mesh | None = None) -> Callable[..., jax.Array]:
+    """Jitted (params, batch, frozen=None) -> log-probabilities f32[M, B, T] of a packed batch."""
 
-    def logprobs(params: Params, batch: PackedBatch) -> jax.Array:
+    def logprobs(params: Params, batch: PackedBatch, frozen: Params | None = None) -> jax.Array:
         def of_micro(micro: PackedBatch) -> jax.Array:
-            module = model.bind(params)
-            hidden_BTD = module.hidden(micro.token_ids, micro.positions, micro.visible_until)
+            module = model.bind(params, frozen)
+            hidden_BTD = module.hidden(micro.token_ids, micro.positions, micro.visible_until, mesh)
             return token_logprobs(hidden_BTD, module.unembedding_VD, micro, with_entropy=False)[0]
 
         return jax.lax.map(of_micro, batch)

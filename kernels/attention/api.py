@@ -5,11 +5,16 @@ from typing import Any, Literal, overload
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
 from kernels.attention import cudnn, xla_chunked
 from kernels.attention.choice import Implementation, Request, choose, log_once
 from kernels.attention.reference import attention_with_lse, visible
 from kernels.attention.tiles import TiledMask, tile
+
+SAVED_NAME = "attention"
+"""What `jax.checkpoint` policies call the outputs that the backward pass needs: where they are saved, attention is not
+computed again."""
 
 Mask = jax.Array | TiledMask | Literal["causal"]
 
@@ -76,11 +81,12 @@ def attention(
     path, reason = choose(implementation, _request(q_BTNH, mask, softcap, window, return_lse))
     log_once(path, reason)
     if path == "cudnn":
-        return cudnn.causal_attention(q_BTNH, k_BSKH, v_BSKH, scale)
+        return checkpoint_name(cudnn.causal_attention(q_BTNH, k_BSKH, v_BSKH, scale), SAVED_NAME)
     if path == "reference":
         seen_BTS = visible(_ends(mask, q_BTNH), window)
         k_BKSH, v_BKSH = k_BSKH.swapaxes(1, 2), v_BSKH.swapaxes(1, 2)
-        o_BTNH, lse_BTN = attention_with_lse(q_BTNH, k_BKSH, v_BKSH, seen_BTS, scale, softcap)
+        both = attention_with_lse(q_BTNH, k_BKSH, v_BKSH, seen_BTS, scale, softcap)
+        o_BTNH, lse_BTN = checkpoint_name(both, SAVED_NAME)
     else:
         tiled = mask if isinstance(mask, TiledMask) else tile(_ends(mask, q_BTNH), window=window)
         outputs: Any = _by_tiles(q_BTNH, k_BSKH, v_BSKH, tiled, scale, softcap)
@@ -116,7 +122,7 @@ def _by_tiles(
 def _by_tiles_forward(
     q: jax.Array, k: jax.Array, v: jax.Array, mask: TiledMask, scale: float, softcap: float | None
 ) -> tuple[tuple[jax.Array, jax.Array], tuple]:
-    o, lse = xla_chunked.forward(q, k, v, mask, scale, softcap)
+    o, lse = checkpoint_name(xla_chunked.forward(q, k, v, mask, scale, softcap), SAVED_NAME)
     return (o, lse), (q, k, v, mask, o, lse)
 
 

@@ -13,17 +13,17 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import Mesh, PartitionSpec
 
 from kernels.attention import xla_chunked
+from kernels.attention.api import SAVED_NAME
 from kernels.attention.reference import depths
 from kernels.attention.tiles import BLOCK_Q, TiledMask, active_tiles, tile
 
 
-def balanced_order(
-    end_BT: np.ndarray, num_devices: int, *, window: int | None = None, block: int = BLOCK_Q
-) -> np.ndarray:
-    """Which tile of each row comes at which place, so that all devices see about as many tiles; host code.
+def balanced_order(end_BT: Any, num_devices: int, *, window: int | None = None, block: int = BLOCK_Q) -> jax.Array:
+    """Which tile of each row comes at which place, so that all devices see about as many tiles; can be traced.
 
     The heaviest tile first, each to the device with the least work that still has room.
 
@@ -36,24 +36,27 @@ def balanced_order(
     T = end_BT.shape[1]
     if T % (block * num_devices):
         raise ValueError(f"T={T} must be a multiple of block={block} x devices={num_devices}; pad rows with end 0")
-    work_BI = np.asarray(_num_active(jnp.asarray(end_BT), window, block))
-    room = T // (block * num_devices)
-    order_BI = np.empty(work_BI.shape, np.int32)
-    for b, work_I in enumerate(work_BI):
-        held: list[list[int]] = [[] for _ in range(num_devices)]
-        load = np.zeros(num_devices)
-        for index in np.argsort(-work_I, kind="stable"):
-            device = int(np.where([len(tiles) < room for tiles in held], load, np.inf).argmin())
-            held[device].append(int(index))
-            load[device] += work_I[index]
-        order_BI[b] = np.concatenate([sorted(tiles) for tiles in held])
-    return order_BI
+    return _balanced_order(jnp.asarray(end_BT), num_devices, window, block)
 
 
-@partial(jax.jit, static_argnums=(1, 2))
-def _num_active(end_BT: jax.Array, window: int | None, block: int) -> jax.Array:
-    """i32[B, I]: the key tiles that each query tile sees."""
-    return active_tiles(end_BT, depths(end_BT), window, block, block).sum(-1)
+@partial(jax.jit, static_argnums=(1, 2, 3))
+def _balanced_order(end_BT: jax.Array, num_devices: int, window: int | None, block: int) -> jax.Array:
+    work_BI = active_tiles(end_BT, depths(end_BT), window, block, block).sum(-1)
+    room = work_BI.shape[1] // num_devices
+
+    def of_row(work_I: jax.Array) -> jax.Array:
+        def give(held: tuple[jax.Array, jax.Array], work: jax.Array) -> tuple[tuple[jax.Array, jax.Array], jax.Array]:
+            num_tiles, load = held
+            device = jnp.argmin(jnp.where(num_tiles < room, load, jnp.iinfo(load.dtype).max))
+            return (num_tiles.at[device].add(1), load.at[device].add(work)), device
+
+        nothing = jnp.zeros(num_devices, work_I.dtype)
+        heaviest_first = jnp.argsort(-work_I, stable=True)
+        _, device_of = jax.lax.scan(give, (nothing, nothing), work_I[heaviest_first])
+        # Back in the order of the tiles, then by device; a device's own tiles stay in ascending order.
+        return jnp.argsort(device_of[jnp.argsort(heaviest_first)], stable=True).astype(jnp.int32)
+
+    return jax.vmap(of_row)(work_BI)
 
 
 def reorder(x_BT: Any, order_BI: Any, *, inverse: bool = False) -> Any:
@@ -142,7 +145,7 @@ def _attend_forward(
         k, v = (_gather(x, place, static.axis) for x in (k, v))
         return xla_chunked.forward(q, k, v, mask, static.scale, static.softcap)
 
-    o, lse = static.on_devices(of_device, 4, 2)(end, order, q, k, v)
+    o, lse = checkpoint_name(static.on_devices(of_device, 4, 2)(end, order, q, k, v), SAVED_NAME)
     return o, (q, k, v, end, order, o, lse)
 
 

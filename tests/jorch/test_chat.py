@@ -1,8 +1,6 @@
 """Messages to tokens and sampled text to calls: whatever a model writes is data."""
 
 import json
-import os
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -163,49 +161,3 @@ def test_a_demonstration_is_tokenised_as_a_rollout_would_be(style):
 def test_a_demonstration_needs_a_prompt_and_an_answer(messages):
     with pytest.raises(ValueError, match="needs a prompt and then an assistant message"):
         demonstration_tokens(messages, TOKENIZER, "compact")
-
-
-@pytest.fixture(scope="module")
-def qwen3_template():
-    """Qwen3's own chat template, in an environment set up as transformers does."""
-    root = Path(os.environ.get("JORCH_SHARED_DATA", Path(__file__).parents[3] / "shared" / "data"))
-    path = root / "qwen3" / "tokenizer_config.json"
-    if not path.is_file():
-        pytest.skip(f"no qwen3/tokenizer_config.json in {root}: set JORCH_SHARED_DATA to a folder with Qwen3's files")
-    jinja2 = pytest.importorskip("jinja2")
-    environment = jinja2.Environment(trim_blocks=True, lstrip_blocks=True)
-    environment.filters["tojson"] = lambda value: json.dumps(value, ensure_ascii=False)
-    template = environment.from_string(json.loads(path.read_text())["chat_template"])
-    return lambda messages, tools: template.render(messages=messages, tools=tools, add_generation_prompt=True)
-
-
-contents = st.text(max_size=20)
-schemas = st.lists(
-    st.builds(
-        lambda name, description: {
-            "type": "function",
-            "function": {"name": name, "description": description, "parameters": {"type": "object", "properties": {}}},
-        },
-        st.text(max_size=5),
-        st.text(max_size=10),
-    ),
-    max_size=2,
-)
-
-
-@given(system=st.one_of(st.none(), contents.filter(bool)), user=contents, tools=schemas)
-@settings(derandomize=True, deadline=None, max_examples=100)
-def test_the_first_prompt_is_qwen3s(qwen3_template, system, user, tools):
-    messages = [{"role": "system", "content": system}] if system is not None else []
-    messages.append({"role": "user", "content": user})
-    assert render_prompt(messages, tools, "qwen3") == qwen3_template(messages, tools)
-
-
-def test_an_observation_continues_qwen3s_chat(qwen3_template):
-    """As long as nothing was thought: the template would drop thoughts of earlier turns, we never do."""
-    user, call = {"role": "user", "content": "hello"}, {"role": "assistant", "content": "a call"}
-    responses = [{"role": "tool", "content": content} for content in ("one", "two")]
-    asked = {"role": "user", "content": "and?"}
-    ours = render_prompt([user], (), "qwen3") + "a call" + END + render_observation(["one", "two"], "qwen3")
-    theirs = qwen3_template([user, call, *responses, asked], ())
-    assert theirs.startswith(ours.removesuffix("<|im_start|>assistant\n"))

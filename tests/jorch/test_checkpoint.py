@@ -1,6 +1,10 @@
 """Checkpoints hold exactly what was saved, appear whole or not at all, and say so when they are damaged."""
 
+import math
+import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import jax
@@ -8,8 +12,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jorch.checkpoint import Checkpoints
-from jorch.config import CheckpointConfig
+from jorch.checkpoint import Checkpoints, describe
+from jorch.config import CheckpointConfig, SftConfig
 from jorch.sharding import replicated
 from jorch.train.state import TrainState
 
@@ -32,8 +36,8 @@ def bits(state):
     return [(x.dtype, np.asarray(x).tobytes()) for x in jax.tree.leaves(state)]
 
 
-def opened(folder, every_steps=1, keep=2, **options):
-    return Checkpoints(folder, CheckpointConfig(every_steps=every_steps, keep=keep), **options)
+def opened(folder, *, read_only=False, **config):
+    return Checkpoints(folder, CheckpointConfig(**config), read_only=read_only)
 
 
 def save(folder, *steps, **options):
@@ -151,10 +155,123 @@ def test_a_damaged_only_checkpoint_leaves_starting_again(tmp_path, mesh):
         restore(tmp_path, mesh)
 
 
-def test_another_models_checkpoint_is_refused(tmp_path, mesh):
+def test_arrays_of_another_shape_are_refused_by_name(tmp_path, mesh):
     save(tmp_path, 1)
-    with pytest.raises(ValueError, match=r"checkpoint .*1 cannot be read \("):
+    with pytest.raises(ValueError, match=r"cannot be read \(params/embed has shape \(8, 6\); this run's is \(8, 5\)\)"):
         restore(tmp_path, mesh, like=make_state(width=5))
+    other = make_state()
+    other.opt_state["nu"] = other.opt_state.pop("count")
+    with pytest.raises(ValueError, match=r"cannot be read \(opt_state/count is one array too many\)"):
+        restore(tmp_path, mesh, like=other)
+
+
+def test_a_checkpoint_of_another_model_or_tokenizer_is_refused_by_the_difference(tmp_path, tiny_config, mesh):
+    config = SftConfig(
+        out="o", model=tiny_config(), demonstrations="miniature", steps=1, batch={"row_tokens": 8, "micro_rows": 1},
+        optimizer={"learning_rate": 1.0},
+    )  # fmt: skip
+    with opened(tmp_path) as checkpoints:
+        checkpoints.save(1, make_state(), describe(config, tiny_config(), "a" * 64))
+
+    def refusal(model, digest):
+        with opened(tmp_path, read_only=True) as checkpoints, pytest.raises(ValueError) as caught:
+            checkpoints.restore(abstract(make_state(), mesh), describe(config, model, digest))
+        assert caught.traceback[-1].frame.f_globals["__name__"] == "jorch.checkpoint"
+        return str(caught.value).removeprefix(f"checkpoint {tmp_path / '1'} is of another ")
+
+    hint = "; choose another out=, or pass --fresh to start again"
+    other = tiny_config(hidden_size=32, rope_theta=1e6)
+    assert (
+        refusal(other, "a" * 64)
+        == "model: hidden_size=16 there, 32 here, rope_theta=100.0 there, 1000000.0 here" + hint
+    )
+    assert refusal(tiny_config(), "b" * 64) == f"tokenizer: sha256 {'a' * 12}... there, {'b' * 12}... here" + hint
+    same_computed_otherwise = tiny_config(param_dtype="bfloat16", remat="full")
+    with opened(tmp_path) as checkpoints:
+        _, meta, _ = checkpoints.restore(
+            abstract(make_state(), mesh), describe(config, same_computed_otherwise, "a" * 64)
+        )
+    assert SftConfig.model_validate(meta["config"]) == config
+
+
+def test_it_is_restored_in_the_dtypes_asked_for(tmp_path, mesh):
+    save(tmp_path, 1)
+
+    def cast(dtype):
+        return jax.tree.map(lambda x: x.astype(dtype) if x.ndim else x, make_state(1))
+
+    narrow, wide = cast(jnp.bfloat16), cast(jnp.float32)
+    assert bits(restore(tmp_path, mesh, like=narrow)[0]) == bits(narrow)
+    assert bits(restore(tmp_path, mesh, like=wide)[0]) == bits(wide)
+
+
+ELSEWHERE = """
+import sys
+import jax, numpy as np
+from pathlib import Path
+from jorch.checkpoint import Checkpoints
+from jorch.config import CheckpointConfig, MeshConfig
+from jorch.sharding import make_mesh, sharding
+folder = Path(sys.argv[1])
+def placed(mesh):
+    rows = [sharding(mesh, (8, 6), (axis, None)) for axis in ("embed", "mlp")]
+    x, y = np.arange(48.0, dtype=np.float32).reshape(8, 6), np.arange(48, dtype=np.int32).reshape(8, 6)
+    return {"x": jax.device_put(x, rows[0]), "y": jax.device_put(y, rows[1])}
+four_two, eight = make_mesh(MeshConfig(fsdp=4, tensor=2)), make_mesh(MeshConfig(fsdp=2, tensor=4))
+with Checkpoints(folder, CheckpointConfig()) as checkpoints:
+    checkpoints.save(1, placed(four_two), {})
+with Checkpoints(folder, CheckpointConfig()) as checkpoints:
+    wanted = placed(eight)
+    abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), wanted)
+    state, *_ = checkpoints.restore(abstract)
+assert all(state[k].sharding == wanted[k].sharding for k in state)
+assert all((np.asarray(state[k]) == np.asarray(wanted[k])).all() for k in state)
+"""
+
+
+def test_it_is_restored_onto_another_mesh_and_number_of_devices(tmp_path, mesh):
+    """From fsdp 4, tensor 2 onto fsdp 2, tensor 4, and onto one device."""
+    environment = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": "--xla_force_host_platform_device_count=8"}
+    command = [sys.executable, "-c", ELSEWHERE, str(tmp_path)]
+    result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=200, check=False)
+    assert result.returncode == 0, result.stderr
+    expected = {"x": jnp.arange(48.0).reshape(8, 6), "y": jnp.arange(48).reshape(8, 6)}
+    assert bits(restore(tmp_path, mesh, like=expected)[0]) == bits(expected)
+
+
+@pytest.mark.parametrize(("best_is", "kept"), [("highest", ["2", "5", "6"]), ("lowest", ["4", "5", "6"])])
+def test_the_best_is_kept_beside_the_latest(best_is, kept, tmp_path):
+    """By the metric's value; neither a missing one nor NaN wins."""
+    values = {2: 0.9, 3: 0.5, 4: 0.1, 5: math.nan, 6: 0.3}
+    options = {"keep": 2, "best_metric": "reward/mean", "best_is": best_is}
+    with opened(tmp_path, **options) as checkpoints:
+        checkpoints.save(1, make_state(), META)
+        for step in (2, 3, 4):
+            checkpoints.save(step, make_state(step), META, metrics={"reward/mean": values[step], "train/loss": 0.0})
+    with opened(tmp_path, **options) as checkpoints:  # a resumed run knows them still
+        for step in (5, 6):
+            checkpoints.save(step, make_state(step), META, metrics={"reward/mean": values[step]})
+    assert sorted(path.name for path in tmp_path.iterdir() if path.is_dir()) == kept
+
+
+def test_an_older_checkpoint_by_its_step(tmp_path, mesh):
+    save(tmp_path, 1, 2, keep=2)
+    with opened(tmp_path, read_only=True) as checkpoints:
+        state, _, step = checkpoints.restore(abstract(make_state(), mesh), step=1)
+        assert (step, bits(state)) == (1, bits(make_state(1)))
+        with pytest.raises(ValueError, match=r"has no checkpoint of step 3; there are 1, 2$"):
+            checkpoints.restore(abstract(make_state(), mesh), step=3)
+
+
+def test_an_unknown_metric_is_refused_at_once(tmp_path):
+    with pytest.raises(ValueError, match=r"best_metric='reward/men' is no metric; did you mean 'reward/mean'\?"):
+        opened(tmp_path, best_metric="reward/men")
+
+
+def test_without_ocdbt_too_what_is_restored_is_what_was_saved(tmp_path, mesh):
+    save(tmp_path, 1, ocdbt=False)
+    assert not list(tmp_path.rglob("manifest.ocdbt"))
+    assert bits(restore(tmp_path, mesh)[0]) == bits(make_state(1))
 
 
 def test_after_a_failure_the_first_error_is_reported(tmp_path):

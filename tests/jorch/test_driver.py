@@ -4,6 +4,7 @@ what a test scripts.
 
 import asyncio
 import contextlib
+import itertools
 import json
 import random
 import subprocess
@@ -18,6 +19,8 @@ import yaml
 
 from jorch.config import ChatConfig, RolloutConfig
 from jorch.data.chat import render_observation, render_prompt
+from jorch.data.qwen3_chat import render
+from jorch.rl.samples import from_trajectory
 from jorch.rollout.driver import Driver
 from jorch.rollout.tool_client import ToolClient, ToolServerDown
 from jorch.synth.miniature import call_text, catalogue, make_task
@@ -133,7 +136,8 @@ def roll_out(server, tasks, sampler, group_size=1, seed=0, **changes):
 
     async def run():
         async with ToolClient(server.url, timeout_s=30, retries=changes.pop("call_retries", 0)) as tools:
-            driver = Driver(sampler, tools, TOKENIZER, ChatConfig(), ROLLOUT.model_copy(update=changes))
+            chat = changes.pop("chat", ChatConfig())
+            driver = Driver(sampler, tools, TOKENIZER, chat, ROLLOUT.model_copy(update=changes))
             return await driver.run_groups(tasks, group_size, run_id="step-0", seed=seed, temperature=0.7)
 
     return asyncio.run(run())
@@ -198,6 +202,27 @@ def test_a_trajectory_in_full(server):
     assert trajectory.cost_usd == pytest.approx(sum(result.cost_usd for result in results))
     assert trajectory.latency_s == pytest.approx(sum(result.latency_s for result in results))
     assert trajectory.tool_counts == Counter(result.tool for result in results)
+
+
+def test_a_history_rendered_again_keeps_what_was_sampled_or_begins_anew(server):
+    """An empty thought is nothing to Qwen3's template, a real one is kept as long as only tools have spoken."""
+    texts = [
+        f"<think>\n\n</think>\n\n{call_text(FAILING)}",
+        f"<think>\nhm\n</think>\n\n{call_text(SEARCH)}",
+        call_text(ANSWER),
+    ]
+    chat = ChatConfig(style="qwen3", history="template")
+    trajectory = roll_out_one(server, TASK, texts, chat=chat, max_context_tokens=10_000)
+    assert (trajectory.termination, trajectory.outcome) == ("answered", 1.0)
+    messages, extends = list(TASK.messages), []
+    for turn, text, content in zip(trajectory.turns, texts, ("none", "documents", ""), strict=True):
+        assert TOKENIZER.decode(turn.prompt_token_ids) == render(messages, TASK.tools, add_generation_prompt=True)
+        messages += [{"role": "assistant", "content": text}, {"role": "tool", "content": content}]
+    for before, after in itertools.pairwise(trajectory.turns):
+        tokens = np.concatenate([before.prompt_token_ids, before.completion.token_ids])
+        extends.append(np.array_equal(after.prompt_token_ids[: len(tokens)], tokens))
+    assert extends == [False, True]
+    assert len(list(from_trajectory(trajectory, 1.0))) == 2
 
 
 def test_calls_of_one_completion_run_in_order_until_the_end(server):

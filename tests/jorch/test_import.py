@@ -14,6 +14,7 @@ from safetensors.numpy import load_file, save_file
 from jorch.cli import main
 from jorch.export import hf, pretrained, tensors
 from jorch.export.pretrained import BASE
+from jorch.export.source import Held
 from jorch.model.transformer import Qwen3
 from jorch.synth.sft import train_tokenizer
 
@@ -140,7 +141,7 @@ def test_a_failed_import_leaves_nothing(jorch, published, tmp_path):
 def test_several_files_hold_what_their_index_says(max_shard_bytes, published, mesh, tmp_path):
     folder, _ = published
     start = pretrained.load(str(folder), mesh, param_dtype=tensors.stored_dtype(folder))
-    tensors.save(tmp_path, start.params, max_shard_bytes)
+    tensors.save(tmp_path, Held(start.params), max_shard_bytes)
     index = json.loads((tmp_path / tensors.INDEX).read_text())
     assert stored(tmp_path) == stored(folder)
     assert index["metadata"]["total_size"] == sum(len(data) for _, _, data in stored(folder).values())
@@ -175,6 +176,7 @@ import sys
 from pathlib import Path
 from jorch.config import MeshConfig
 from jorch.export import pretrained, tensors
+from jorch.export.source import Held
 from jorch.sharding import make_mesh
 
 folder, out = sys.argv[1:]
@@ -182,7 +184,7 @@ mesh = make_mesh(MeshConfig(tensor=2, fsdp=2, context=2))
 start = pretrained.load(folder, mesh, param_dtype=tensors.stored_dtype(Path(folder)))
 gate = start.params["layers"]["gate"]
 assert gate.addressable_shards[0].data.size * 4 == gate.size
-tensors.save(Path(out), start.params)
+tensors.save(Path(out), Held(start.params))
 """
 
 

@@ -41,13 +41,15 @@ def tiny_job(tiny_config, *overrides, **changed):
     return job_of(SftConfig.model_validate(settings))
 
 
-@pytest.mark.parametrize("kind", ["adam", "muon"])
-def test_the_state_is_as_large_as_the_real_one(kind, tiny, tiny_config):
+@pytest.mark.parametrize(
+    ("kind", "moment_dtype"), [("adam", "float32"), ("muon", "bfloat16"), ("adafactor", "float32")]
+)
+def test_the_state_is_as_large_as_the_real_one(kind, moment_dtype, tiny, tiny_config):
     model, params = tiny
-    optimizer = OptimizerConfig(kind=kind, learning_rate=1e-3)
+    optimizer = OptimizerConfig(kind=kind, moment_dtype=moment_dtype, learning_rate=1e-3)
     state = init_state(model, make_optimizer(optimizer, 10), make_mesh(MeshConfig()), params)
     job = job_8b("mesh.fsdp=1")
-    job = type(job)(tiny_config(), optimizer, job.batch, MeshConfig(), 1, False, "model.")
+    job = type(job)(tiny_config(), optimizer, job.batch, MeshConfig(), 1, False, None, "model.")
     needed = memory(job, 1, "dense")
     assert needed.parameters == sum(x.nbytes for x in jax.tree.leaves(state.params))
     assert needed.optimizer_state == sum(x.nbytes for x in jax.tree.leaves(state.opt_state))
@@ -66,6 +68,17 @@ def test_the_state_is_as_large_as_the_real_one(kind, tiny, tiny_config):
 )
 def test_the_published_sizes_have_the_published_numbers_of_parameters(name, billions):
     assert round(Qwen3(PUBLISHED[name]).num_params() / 1e9, 1) == billions
+
+
+def test_an_adapter_leaves_the_model_without_gradients_and_moments():
+    """Of 8B: rank 16 on all matrices, 36 layers, float32."""
+    inputs_and_outputs = 2 * (4096 + 4096) + 2 * (4096 + 1024) + 3 * (4096 + 12288)
+    adapter = 4 * 36 * 16 * inputs_and_outputs
+    whole, needed = (memory(job_8b("mesh.fsdp=1", *lora), 1, "tiled") for lora in ([], ["lora={}"]))
+    assert needed.parameters == whole.parameters + adapter
+    assert needed.gradients == adapter
+    assert needed.optimizer_state == pytest.approx(2 * adapter, abs=100)
+    assert needed.total < whole.total - 3 * 4 * 8_190_735_360
 
 
 def test_shards_shrink_what_is_sharded():

@@ -19,6 +19,8 @@ class Small(config.Section):
     out: str = Field(description="run folder")
     steps: int = 3
     server: config.ServerSection = config.ServerSection(url="http://127.0.0.1:1")
+    mesh: config.MeshConfig = config.MeshConfig()
+    param_dtype: str = "float32"
 
 
 @pytest.fixture
@@ -83,6 +85,14 @@ def test_a_moved_server_or_folder_is_the_same_run(small: Small, tmp_path: Path) 
     moved = Small(out=str(folder), server=config.ServerSection(url="http://127.0.0.1:2"))
     with open_run_folder(moved, resume=True, fresh=False):
         assert last_step(folder) == 2
+
+
+def test_a_run_goes_on_in_another_mesh_and_type(small: Small) -> None:
+    folder = run_to_step(small, 2)
+    moved = small.model_copy(update={"mesh": config.MeshConfig(fsdp=2), "param_dtype": "bfloat16"})
+    with open_run_folder(moved, resume=True, fresh=False):
+        assert last_step(folder) == 2
+    assert config_io.load(folder / "config.yaml", Small) == moved
 
 
 def test_fresh_removes_the_run_and_nothing_else(small: Small) -> None:

@@ -10,6 +10,7 @@ from jorch.export import pretrained
 from jorch.run_folder import read_jsonl
 from jorch.synth import sft
 from jorch.train.sft import train as train_in_folder
+from jorch.train.step import make_train_step
 
 DIALOGUES = [
     [
@@ -73,12 +74,47 @@ def test_from_nothing_on_the_miniature_world(tmp_path, mesh):
     assert exported.tokenizer.digest == sft.train_tokenizer().digest
 
 
-def test_on_demonstrations_of_a_users_own(tmp_path):
+class Watched:
+    """A metric of a step, which tells `events` when the host asks for its value, and so waits for it."""
+
+    def __init__(self, value, step, events):
+        self.value, self.step, self.events = value, step, events
+
+    def __float__(self):
+        if ("read", self.step) not in self.events:
+            self.events.append(("read", self.step))
+        return float(self.value)
+
+
+def test_on_demonstrations_of_a_users_own(tmp_path, monkeypatch):
+    """And every step is dispatched before the metrics of the one before are read."""
+    events = []
+
+    def watched(*arguments, **options):
+        train_step = make_train_step(*arguments, **options)
+
+        def step(state, *rest):
+            number = sum(kind == "dispatch" for kind, _ in events)
+            events.append(("dispatch", number))
+            state, metrics = train_step(state, *rest)
+            return state, {name: Watched(value, number, events) for name, value in metrics.items()}
+
+        return step
+
+    monkeypatch.setattr("jorch.train.sft.make_train_step", watched)
     demonstrations = write_rows(tmp_path / "demo.jsonl", [*DIALOGUES, ""])
-    sft.run(from_base(tmp_path / "run", demonstrations), resume=False, fresh=False)
+    config = make_config(
+        tmp_path / "run",
+        init_from="base",
+        demonstrations=str(demonstrations),
+        checkpoint={"every_steps": 100, "keep": 1},
+    )
+    sft.run(config, resume=False, fresh=False)
     loss = losses(tmp_path / "run")
     assert len(loss) == 12
     assert loss[-1] < loss[0] / 2
+    expected = [event for n in range(1, 12) for event in (("dispatch", n), ("read", n - 1))]
+    assert events == [("dispatch", 0), *expected, ("read", 11)]
 
 
 @pytest.mark.slow

@@ -17,6 +17,7 @@ from jorch.rollout import tool_client
 from jorch.rollout.tool_client import ToolClient, ToolServerDown
 from tools_server.app import make_app
 from tools_server.config import ServerConfig
+from tools_server.keys import SESSIONS
 from tools_server.wire import Call, OpenSession
 
 PROFILE = {
@@ -123,6 +124,47 @@ def test_many_trajectories_play_through_few_requests():
     assert {(record.outcome, record.cost_usd) for record in records} == {(1.0, 0.002)}
     assert paths.count("/v1/sessions") == 2  # 600 in one tick, at most 512 in a request
     assert len(paths) == 1 + 4 * 2
+
+
+def test_a_full_server_is_waited_for():
+    """Thirty trajectories on a server for four: it never holds more, and each has its turn."""
+    app = make_app(CONFIG.model_copy(update={"max_sessions": 4}))
+    statuses, most = [], 0
+
+    @web.middleware
+    async def watch(request, handler):
+        nonlocal most
+        response = await handler(request)
+        statuses.append(response.status)
+        most = max(most, len(app[SESSIONS]))
+        return response
+
+    app.middlewares.insert(0, watch)
+
+    async def trajectory(client, name):
+        await client.open(OpenSession(name, "experts", SETUP))
+        await client.call(Call(name, "0", "answer", {"model": "answer-1"}))
+        return await client.finish(name)
+
+    async def main():
+        async with serving(app) as url, ToolClient(url, timeout_s=30, retries=0) as client:
+            return await asyncio.gather(*[trajectory(client, f"t{i}") for i in range(30)])
+
+    assert [record.tool_counts for record in asyncio.run(main())] == [{"answer-1": 1}] * 30
+    assert most == 4
+    assert set(statuses) == {200, 429}
+
+
+def test_a_server_that_stays_full_is_down(monkeypatch):
+    monkeypatch.setattr(tool_client, "BUSY_S", 0.1)
+
+    async def full(request):
+        return web.json_response({"error": "4 sessions are open"}, status=429)
+
+    _, errors = finish_against(misbehaving(full))
+    for error in errors:
+        assert isinstance(error, ToolServerDown)
+        assert "no room for 0.1 s: 4 sessions are open" in str(error)
 
 
 def test_failures_of_the_network_and_of_the_server_are_retried():

@@ -7,7 +7,8 @@ import sys
 
 import pytest
 
-from tools_server.bench import closed_loop, open_loop, quantile
+from tools_server.bench import TARGETS
+from tools_server.load import closed_loop, open_loop, quantile
 
 
 @pytest.mark.slow
@@ -19,6 +20,7 @@ def test_every_figure_is_reported(tmp_path):
     report = json.loads((tmp_path / "bench.json").read_text())
     figures = report["figures"]
     assert [line.split()[0] for line in result.stdout.splitlines()] == list(figures)
+    assert set(TARGETS) - set(figures) <= {name for name in TARGETS if name.startswith("tau2_")}
     for name in ("null_call_cpu_us", "echo_cpu_us", "open_loop_p99_ms", "burst_rollouts_per_s", "python_calls_per_s"):
         assert figures[name] > 0
     assert figures["soak_calls"] == 2000

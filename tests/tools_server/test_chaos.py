@@ -152,6 +152,30 @@ def test_a_client_that_goes_away_may_come_back_for_its_answer(server):
     assert record["tool_counts"] == {"python": 1}
 
 
+@needs_bwrap
+def test_a_sandbox_killed_at_work_is_no_verdict(server):
+    process, url, headers = server
+
+    async def main():
+        async with aiohttp.ClientSession(url, headers=headers) as http:
+            call = await start_program(http, "import time; time.sleep(60)")
+            await asyncio.sleep(0.7)
+            for pid in sandboxes_of(process.pid):
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
+            _, killed = await call
+            _, finished = await post(http, "/v1/finish", {"session_ids": ["a"]})
+            await post(http, "/v1/sessions", {"sessions": [{"session_id": "b", "environment": "tools", "setup": {}}]})
+            again = {"session_id": "b", "call_id": "0", "name": "python", "arguments": {"code": "print(6 * 7)"}}
+            _, after = await post(http, "/v1/calls", {"calls": [again]})
+            return killed["results"][0], finished["records"][0], after["results"][0]
+
+    killed, record, after = asyncio.run(main())
+    assert (killed["error"], killed["cost_usd"]) == ("infra_error", 0.0)
+    assert (record["error"], record["outcome"]) == ("infra_error", 0.0)
+    assert (after["error"], after["content"]) == (None, "42")
+
+
 def test_a_wrong_token_opens_nothing_but_the_health_checks(server):
     _, url, _ = server
 
@@ -208,6 +232,16 @@ REQUESTS = st.one_of(
     st.tuples(st.just("/v1/finish"), st.fixed_dictionaries({"session_ids": st.lists(NAMES | JSON, max_size=3)})),
     st.tuples(st.sampled_from(["/v1/sessions", "/v1/calls", "/v1/finish", "/mcp"]), JSON),
     st.tuples(st.sampled_from(["/v1/sessions", "/v1/calls", "/v1/finish", "/mcp"]), st.binary(max_size=50)),
+    st.tuples(
+        st.sampled_from(["/v1/sessions/a/call", "/v1/sessions/null/call_batch", "/v1/sessions/%ED%A0%80/call"]),
+        st.fixed_dictionaries({"call_id": NAMES, "name": NAMES, "arguments": JSON}, optional={"deadline_s": JSON}),
+    ),
+    st.tuples(
+        st.sampled_from(["snapshot", "heartbeat", "restore", "fork", "finish"]).map(
+            lambda what: f"/v1/sessions/a/{what}"
+        ),
+        JSON | st.fixed_dictionaries({"num_calls": st.integers(-2, 3)}, optional={"new_session_id": NAMES}),
+    ),
 )
 
 

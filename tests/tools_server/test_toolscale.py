@@ -147,7 +147,7 @@ def test_the_hour_of_the_day_decides_nothing(copy):
     first = open_session(copy, clock="2026-05-17T08:30:00+02:00")
     assert first.call("lend", {"book_id": "b1", "reader": "Ida"}).content == "lent on 2026-05-17 for 14 days"
     time.sleep(0.01)
-    assert first._environment.tools.db.books["b1"].since == "2026-05-17T06:30:00"
+    assert first._world.environment.tools.db.books["b1"].since == "2026-05-17T06:30:00"
     first.call("", {"content": "14 days"})
     assert first.outcome() == 1.0
 
@@ -219,7 +219,7 @@ def test_every_domain_of_a_real_copy_answers_the_same_twice():
         first, second = open_session(copy, row), open_session(copy, row)
         seen = [first.call(*call) for call in calls]
         assert seen == [second.call(*call) for call in calls]
-        assert first._environment.get_db_hash() == second._environment.get_db_hash()
+        assert first.state() == second.state()
         assert sum(observation.error is None for observation in seen) > 0
         played[folder.name] = len(calls)
     assert played

@@ -6,6 +6,7 @@ answer is a failure of the infrastructure, never a verdict.
 """
 
 import asyncio
+import copy
 import json
 import re
 from collections.abc import Callable, Sequence
@@ -82,6 +83,15 @@ class ModelUser:
         roles = {"agent": "user", "user": "assistant"}
         self._messages += [{"role": roles[line.speaker], "content": line.text} for line in lines]
 
+    def mark(self) -> int:
+        """Where the conversation stands, for `branch`."""
+        return len(self._messages)
+
+    def branch(self, mark: int) -> "ModelUser":
+        branched = copy.copy(self)
+        branched._messages = self._messages[:mark]
+        return branched
+
     def reply(self, said: str, respond: Respond) -> tuple[str, bool]:
         """What the user says to `said`, after its tool calls, and whether that ends the conversation."""
         self._messages.append({"role": "user", "content": said})
@@ -102,13 +112,21 @@ class ModelUser:
 class RecordedUser:
     """Says again what a model said: for scoring a trace again."""
 
-    def __init__(self, replies: Sequence[str]) -> None:
-        self._replies = list(replies)
+    def __init__(self, replies: Sequence[str], number: int = 0) -> None:
+        self._replies = replies
+        self._number = number
+
+    def mark(self) -> int:
+        return self._number
+
+    def branch(self, mark: int) -> "RecordedUser":
+        return RecordedUser(self._replies, mark)
 
     def reply(self, said: str, respond: Respond) -> tuple[str, bool]:
-        if not self._replies:
+        if self._number >= len(self._replies):
             raise ValueError("setup.replies: the user has no reply left")
-        text = self._replies.pop(0)
+        self._number += 1
+        text = self._replies[self._number - 1]
         return text, any(stop in text for stop in STOPS)
 
 

@@ -27,7 +27,7 @@ from typing import Any
 
 from tools_server.config import ServerConfig, ToolScaleConfig
 from tools_server.environment import Observation
-from tools_server.envs import tau2
+from tools_server.envs import tau2, tau2_domain
 from tools_server.errors import one_line
 
 DEFAULT_CLOCK = "2025-01-01T00:00:00"
@@ -65,7 +65,7 @@ class SessionDate(datetime.date):
 
 
 class _Module:
-    """What `tau2.Domain` asks of a domain's module."""
+    """What `tau2_domain.Domain` asks of a domain's module."""
 
     def __init__(self, name: str, policy: str, toolkit: type) -> None:
         self._name, self._policy, self._toolkit = name, policy, toolkit
@@ -106,8 +106,17 @@ class ToolScaleEnvironment(tau2.Tau2Environment):
         with self._time_stands():
             return super().outcome()
 
-    def _gold_changes(self) -> Any:
-        return _gold_changes(self._domain, self._task_json, self._clock)
+    def branch(self, mark: tau2.Mark) -> "ToolScaleEnvironment":
+        with self._time_stands():
+            branched = super().branch(mark)
+        assert isinstance(branched, ToolScaleEnvironment)
+        return branched
+
+    def _script(self) -> list[dict[str, Any]]:
+        return self._domain.script(self._task)
+
+    def _gold_hash(self) -> str:
+        return _gold_hash(self._domain, self._task_json, self._clock)
 
     @contextlib.contextmanager
     def _time_stands(self) -> Any:
@@ -138,7 +147,7 @@ def read_task(row: dict[str, Any]) -> Any:
     return task
 
 
-def load_domain(name: str, config: ToolScaleConfig) -> tau2.Domain:
+def load_domain(name: str, config: ToolScaleConfig) -> tau2_domain.Domain:
     """The domain, read once per process. Raises ValueError where the copy lacks it or a part of it is broken."""
     names = sorted(path.name for path in config.data.glob("*/") if (path / "db.json").is_file())
     if name not in names:
@@ -148,9 +157,9 @@ def load_domain(name: str, config: ToolScaleConfig) -> tau2.Domain:
 
 
 @functools.cache
-def _load_domain(name: str, data: Path, code: Path) -> tau2.Domain:
-    tau2.import_quietly("tau2.environment.environment")
-    tau2.import_quietly("tau2.evaluator.evaluator_communicate")
+def _load_domain(name: str, data: Path, code: Path) -> tau2_domain.Domain:
+    tau2_domain.import_quietly("tau2.environment.environment")
+    tau2_domain.import_quietly("tau2.evaluator.evaluator_communicate")
     from tau2.environment.db import DB
     from tau2.environment.toolkit import ToolKitBase
 
@@ -169,12 +178,12 @@ def _load_domain(name: str, data: Path, code: Path) -> tau2.Domain:
         raise ValueError(f"toolscale domain {name!r}: {data / 'db.json'}: {one_line(error)}") from None
     module = _Module(name, policy, toolkit)
     schemas = [tool.openai_schema for tool in module.get_environment(database).get_tools()]
-    return tau2.Domain(module, name, database, None, {}, policy, schemas)
+    return tau2_domain.Domain(module, name, database, None, {}, policy, schemas, None)
 
 
 def _import_from(code: Path, domain: str, part: str) -> ModuleType:
     """`tau2.domains.DOMAIN.PART` of the copy. The package's own domains come first."""
-    package: Any = tau2.import_quietly("tau2.domains")
+    package: Any = tau2_domain.import_quietly("tau2.domains")
     if str(code) not in package.__path__:
         package.__path__.append(str(code))
     try:
@@ -196,8 +205,8 @@ def _only_subclass(module: ModuleType, kind: type) -> Any:
 
 
 @functools.lru_cache(maxsize=MAX_GOLD)
-def _gold_changes(domain: tau2.Domain, task_json: str, clock: datetime.datetime) -> Any:
-    return tau2.changes_of_gold(domain, read_task(json.loads(task_json)))
+def _gold_hash(domain: tau2_domain.Domain, task_json: str, clock: datetime.datetime) -> str:
+    return tau2_domain.gold_hash(domain, read_task(json.loads(task_json)))
 
 
 def _read_clock(text: Any) -> datetime.datetime:

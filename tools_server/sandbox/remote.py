@@ -15,6 +15,7 @@ from tools_server.errors import BadRequest
 from tools_server.sandbox.bubblewrap import Run, SandboxFailure
 
 PATH = "/v1/programs"
+REQUEST_FIELDS = ("tool", "source", "timeout_s")
 MARGIN_S = 30.0
 """Beyond a program's own time: queue, start and way."""
 
@@ -70,21 +71,21 @@ class RemoteRunner:
             raise SandboxFailure(f"{self._endpoint.url} answers in another form ({error!r})") from None
 
 
-async def serve_program(payload: Any, runners: dict[str, tuple[Runner, float]]) -> dict[str, Any]:
+async def serve_program(payload: dict[str, Any], runners: dict[str, tuple[Runner, float]]) -> dict[str, Any]:
     """The answer to a request's `payload`. `runners`: by tool, with the longest time of a program there.
 
     Raises BadRequest.
     """
-    if not isinstance(payload, dict) or payload.keys() != {"tool", "source", "timeout_s"}:
-        raise BadRequest('expected {"tool": "...", "source": "...", "timeout_s": seconds} and nothing else')
-    tool, source, timeout_s = payload["tool"], payload["source"], payload["timeout_s"]
+    if payload.keys() != set(REQUEST_FIELDS):
+        raise BadRequest(f"expected the fields {', '.join(REQUEST_FIELDS)}; got {', '.join(payload)}")
+    tool, source, timeout_s = (payload[name] for name in REQUEST_FIELDS)
     if not isinstance(source, str) or not isinstance(timeout_s, int | float) or not timeout_s > 0:
         raise BadRequest("source: expected a string; timeout_s: expected a number above 0")
     if not isinstance(tool, str) or tool not in runners:
         raise BadRequest(f"tool: got {str(tool)[:40]!r}, programs are run by {', '.join(runners) or 'none here'}")
     runner, most_s = runners[tool]
     try:
-        run, wait_s = await runner.run(source, min(float(timeout_s), most_s))
+        run, wait_s = await runner.run(source, float(min(timeout_s, most_s)))
     except SandboxFailure as failure:
         return {"failure": str(failure)}
     encoded = {name: base64.b64encode(getattr(run, name)).decode() for name in ("stdout", "stderr")}

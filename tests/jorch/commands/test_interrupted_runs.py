@@ -70,6 +70,31 @@ def test_kill_9_leaves_a_run_that_goes_on(moment: str, jorch: Any, reference: Pa
     assert jorch.same_as(reference)
 
 
+@pytest.mark.parametrize("command", ["rl", "sft"])
+def test_sigterm_saves_the_step_and_ends(command: str, jorch: Any) -> None:
+    """As a scheduler sends it: a checkpoint outside of the interval, and the same end as a run left in peace."""
+    rare = (f"{command}.yaml", "checkpoint.every_steps=100", "steps=6")
+    child = jorch.start(command, *rare)
+    metrics = jorch.world / command / "metrics.jsonl"
+    jorch.wait(lambda: metrics.is_file() and metrics.read_text().count("\n") >= 2, "two steps")
+    child.terminate()
+    _, stderr = child.communicate(timeout=200)
+    step = metrics.read_text().count("\n")
+    assert (child.returncode, stderr) == (
+        143,
+        f"jorch: stopped by SIGTERM after step {step - 1}, which is saved; "
+        f"go on with: jorch {command} {' '.join(rare)} --resume\n",
+    )
+    assert jorch.stray() == []
+    assert 2 <= step < 6
+    assert (jorch.world / command / "checkpoints" / str(step) / "state").is_dir()
+    assert jorch.run(command, *rare, "--resume").returncode == 0
+    undisturbed = jorch.run(command, *rare, "out=whole")
+    assert undisturbed.returncode == 0
+    files = [jorch.world / folder / "model" / "model.safetensors" for folder in (command, "whole")]
+    assert files[0].read_bytes() == files[1].read_bytes()
+
+
 @contextmanager
 def server(world: Path, port: int = 0) -> Any:
     """A tool server of the user's own, which outlives runs; gives the process and its address."""

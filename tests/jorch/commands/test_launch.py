@@ -82,6 +82,22 @@ def test_a_killed_process_stops_the_others_and_the_run_goes_on(jorch: Any) -> No
 
 
 @pytest.mark.slow
+def test_a_process_told_to_end_takes_the_others_to_the_same_step(jorch: Any) -> None:
+    """SIGTERM to one of them, as where one machine is taken away."""
+    few = ("steps=400", "checkpoint.every_steps=1000")
+    launcher = jorch.start("launch", "sft.yaml", *SHARDED, *few, "--local", "2")
+    jorch.wait(lambda: read_jsonl(jorch.world / "sft" / "metrics.jsonl")[3:], "step 3")
+    os.kill(rank_pid(jorch.world, 1) or 0, signal.SIGTERM)
+    _, stderr = launcher.communicate(timeout=120)
+    saved = len(timeless(jorch.world / "sft"))
+    assert launcher.returncode == 1
+    assert f"ended with status 143: stopped by SIGTERM after step {saved - 1}, which is saved" in stderr
+    assert saved < 400
+    assert (jorch.world / "sft" / "checkpoints" / str(saved) / "state").is_dir()
+    assert jorch.stray() == []
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("victim", [0, 1])
 def test_without_a_launcher_too_the_others_stop_within_a_minute(victim: int, jorch: Any) -> None:
     """As on a cluster, where nobody but the processes themselves notices."""

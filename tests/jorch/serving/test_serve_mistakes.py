@@ -6,6 +6,7 @@ import pytest
 
 from jorch import cli
 from jorch.export import heads, hf, pretrained
+from jorch.export.source import Held
 from jorch.serving import vllm
 from jorch.serving.vllm import EXECUTABLE_VARIABLE, ServeOptions, command
 
@@ -29,8 +30,7 @@ def line(tmp_path, monkeypatch, capfd):
 @pytest.fixture
 def model(tmp_path, mesh):
     start = pretrained.load("base", mesh)
-    config, params = heads.widen(start.model.config, start.params)
-    hf.save(tmp_path / "model", config, params, start.tokenizer, {})
+    hf.write(tmp_path / "model", *heads.widen(start.model.config, Held(start.params)), start.tokenizer, {})
     return tmp_path / "model"
 
 

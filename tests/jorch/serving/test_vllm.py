@@ -19,6 +19,7 @@ from jorch.config import MiniatureConfig, RolloutConfig, SamplerConfig, VllmConf
 from jorch.data.chat import render_prompt
 from jorch.export import hf, pretrained, probe
 from jorch.export.heads import widen
+from jorch.export.source import Held
 from jorch.model.transformer import Qwen3
 from jorch.rollout.jax_sampler import JaxSampler
 from jorch.rollout.vllm_sampler import VllmSampler
@@ -169,7 +170,7 @@ def test_a_bad_push_leaves_the_old_version_serving(damage, served, tiny_config, 
 def test_a_probe_of_another_model_is_noticed(served, tiny_config, random_params):
     start, url, _ = served
     other = make_start(tiny_config, random_params, start.model.config.tie_word_embeddings, seed=2)
-    expected = probe.make_probe(other.model.config, other.params)
+    expected = probe.make_probe(other.model.config, Held(other.params))
     scored = control.score(url, expected, salt="other", tokens_only=True)
     with pytest.raises(ValueError, match="does not compute the exported model"):
         probe.check(expected, scored, "float32", f"vLLM at {url}")
@@ -267,8 +268,7 @@ def test_a_server_that_is_killed_in_a_step_costs_nothing(tiny_config, random_par
 def test_the_openai_surface_parses_tool_calls(tmp_path, mesh):
     """Without --rl: a chat with tools, whose prompt has the very ids that the trainer would give it."""
     start = pretrained.load("base", mesh)
-    config, params = widen(start.model.config, start.params)
-    hf.save(tmp_path / "model", config, params, start.tokenizer, {})
+    hf.write(tmp_path / "model", *widen(start.model.config, Held(start.params)), start.tokenizer, {})
     [task] = miniature.tasks(MiniatureConfig(num_heldout=1), "heldout", 0)
     with vllm_server(ServeOptions(tmp_path / "model", max_context_tokens=CONTEXT), tmp_path / "vllm.log") as url:
         chat = {"model": control.MODEL, "messages": list(task.messages)}

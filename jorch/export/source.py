@@ -1,0 +1,54 @@
+"""Where parameters that are exported come from: one layer's tensor, or some rows of an embedding, at a time."""
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import jax
+
+from jorch.model.transformer import Params
+
+_BLOCK_ELEMENTS = 32 * 2**20
+"""Of the embedding, which goes through the host in blocks of rows."""
+
+
+class Source(Protocol):
+    """Parameters of a model, not all of which need to be in memory."""
+
+    shapes: Params
+    """Shape and dtype of each, layers stacked, as `Qwen3.abstract_params` has them."""
+    by_layer: bool
+    """Whether to ask for all tensors of a layer before those of the next."""
+
+    def rows(self, name: str) -> Iterator[jax.Array]:
+        """A parameter outside of layers, as its consecutive blocks of rows."""
+        ...
+
+    def tensor(self, name: str, index: int) -> jax.Array:
+        """One parameter of layer `index`."""
+        ...
+
+
+@dataclass
+class Held:
+    """Parameters that are in memory anyway."""
+
+    params: Params
+    by_layer: bool = False
+
+    def __post_init__(self) -> None:
+        self.shapes: Params = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), self.params)
+
+    def rows(self, name: str) -> Iterator[jax.Array]:
+        array = self.params[name]
+        yield from (array[begin:end] for begin, end in row_blocks(array.shape))
+
+    def tensor(self, name: str, index: int) -> jax.Array:
+        return self.params["layers"][name][index]
+
+
+def row_blocks(shape: Sequence[int]) -> Iterator[tuple[int, int]]:
+    """[begin, end) of consecutive rows, in blocks that a host can spare; the same for every dtype."""
+    step = max(1, _BLOCK_ELEMENTS // max(1, math.prod(shape[1:])))
+    yield from ((begin, min(begin + step, shape[0])) for begin in range(0, shape[0], step))

