@@ -12,7 +12,7 @@ ERRORS = {
     400: "malformed",
     401: "no token, or not one of this server's",
     403: "a session's token that may not do this",
-    404: "the session is not open here",
+    404: "the session, or the tool that would run a program, is not here",
     405: "another method",
     409: "the session's calls do not allow this, e.g. another one had this call_id",
     413: "longer than max_request_bytes",

@@ -211,7 +211,7 @@ def test_another_server_that_fails_is_no_fault_of_the_program(monkeypatch):
         ({"tool": "python", "source": ""}, "expected the fields tool, source, timeout_s; got tool, source"),
         ({"tool": "python", "source": 3, "timeout_s": 1}, "source: expected a string"),
         ({"tool": "python", "source": "", "timeout_s": -1}, "timeout_s: expected a number above 0"),
-        ({"tool": ["python"], "source": "", "timeout_s": 1}, "programs are run by none here"),
+        ({"tool": ["python"], "source": "", "timeout_s": 1}, "tool: expected a string"),
     ],
 )
 def test_requests_that_are_none(payload, line):

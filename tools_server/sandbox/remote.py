@@ -11,7 +11,7 @@ from typing import Any, Protocol
 
 from tools_server.config import RemotePythonConfig
 from tools_server.endpoint import Endpoint, EndpointFailure, EndpointLimits, RequestRefused
-from tools_server.errors import BadRequest
+from tools_server.errors import BadRequest, UnknownTool
 from tools_server.sandbox.bubblewrap import Run, SandboxFailure
 
 PATH = "/v1/programs"
@@ -74,15 +74,17 @@ class RemoteRunner:
 async def serve_program(payload: dict[str, Any], runners: dict[str, tuple[Runner, float]]) -> dict[str, Any]:
     """The answer to a request's `payload`. `runners`: by tool, with the longest time of a program there.
 
-    Raises BadRequest.
+    Raises BadRequest, UnknownTool where no such tool runs programs.
     """
     if payload.keys() != set(REQUEST_FIELDS):
         raise BadRequest(f"expected the fields {', '.join(REQUEST_FIELDS)}; got {', '.join(payload)}")
     tool, source, timeout_s = (payload[name] for name in REQUEST_FIELDS)
     if not isinstance(source, str) or not isinstance(timeout_s, int | float) or not timeout_s > 0:
         raise BadRequest("source: expected a string; timeout_s: expected a number above 0")
-    if not isinstance(tool, str) or tool not in runners:
-        raise BadRequest(f"tool: got {str(tool)[:40]!r}, programs are run by {', '.join(runners) or 'none here'}")
+    if not isinstance(tool, str):
+        raise BadRequest("tool: expected a string")
+    if tool not in runners:
+        raise UnknownTool(f"tool: got {tool[:40]!r}, programs are run by {', '.join(runners) or 'none here'}")
     runner, most_s = runners[tool]
     try:
         run, wait_s = await runner.run(source, float(min(timeout_s, most_s)))
