@@ -7,7 +7,7 @@ import argparse
 import json
 import shutil
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, get_args
 
 from pydantic import BaseModel
 
@@ -22,7 +22,7 @@ ABOUT = {
     "import": "read Hugging Face safetensors into a checkpoint",
     "export": "write a run's model as Hugging Face safetensors with its tokenizer",
     "plan": "bytes, FLOPs and fit of an sft or rl config on accelerators, before they are rented",
-    "launch": "run `jorch sft` in several processes: on this machine, under Slurm, or on Kubernetes",
+    "launch": "run `jorch sft` or `jorch rl` in several processes: on this machine, under Slurm, or on Kubernetes",
     "verify": "compare a checkpoint's logits with those of Hugging Face transformers",
     "tools-server": "serve tools, experts and environments over HTTP",
     "serve": "serve an exported model with vLLM, checked against the trainer's own numbers",
@@ -51,8 +51,9 @@ def parse(argv: list[str]) -> tuple[str, Any, argparse.Namespace]:
     options = _config_parser(command, model).parse_intermixed_args(rest)
     path, overrides = _positionals(command, options)
     options.config = path
-    if command == "plan" and "tools_server" in config_io.read_mapping(path):
+    if command in ("plan", "launch") and "tools_server" in config_io.read_mapping(path):
         model = config.RlConfig
+    options.stage = "rl" if model is config.RlConfig else "sft"
     return command, config_io.load(path, model, overrides), options
 
 
@@ -109,17 +110,24 @@ def _plain_parser(command: str) -> argparse.ArgumentParser:
     else:
         what = (
             "loop: an RL step of the quickstart's model; kernels: attention and log-probabilities; "
-            "checkpoint: saving and restoring 1.2 GB in the working folder, with OCDBT and without"
+            "checkpoint: saving and restoring 1.2 GB in the working folder, with OCDBT and without; train: a train "
+            "step in the shape of Qwen3-8B (small on a CPU), beside the same with jax.nn.dot_product_attention"
         )
-        parser.add_argument("what", choices=["loop", "kernels", "checkpoint"], help=what)
+        parser.add_argument("what", choices=["loop", "kernels", "checkpoint", "train"], help=what)
         parser.add_argument("--json", type=Path, metavar="FILE", help="write the numbers there as well")
         parser.add_argument(
             "--tokens",
             type=_row_tokens,
             nargs="+",
             metavar="N",
-            help="kernels: lengths of attention's rows, in tokens; default 1024 2048 on a CPU, else 4096 to 131072",
+            help="lengths of rows, in tokens; default for kernels 1024 2048 on a CPU, else 4096 to 131072; for train "
+            "512 on a CPU, else 8192 32768",
         )
+        layers = "train: of the 36 (default: 2 on a CPU, else 4, and with --lora all)"
+        parser.add_argument("--layers", type=_positive, metavar="L", help=layers)
+        parser.add_argument("--lora", action="store_true", help="train: an adapter of rank 16 on frozen weights")
+        remat = "train: what the backward pass recomputes (default: full)"
+        parser.add_argument("--remat", choices=get_args(config.Remat), default="full", help=remat)
     return parser
 
 
@@ -183,7 +191,7 @@ def _config_parser(command: str, model: type[BaseModel]) -> argparse.ArgumentPar
         start.add_argument("--fresh", action="store_true", help="remove the run in the run folder first")
     if command in RESUMABLE:
         start.add_argument("--resume", action="store_true", help="go on from the last checkpoint")
-    if command == "sft":
+    if command in ("sft", "rl"):
         place = "which of several processes this is: RANK/COUNT@HOST:PORT, or auto (`jorch launch` sets it)"
         parser.add_argument("--process", metavar="PLACE", help=place)
     if command == "launch":

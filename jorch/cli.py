@@ -128,13 +128,15 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _bench(options: argparse.Namespace) -> None:
-    from jorch import bench, checkpoint_bench, kernel_bench
+    from jorch import bench, checkpoint_bench, kernel_bench, train_bench
 
     match options.what:
         case "kernels":
             kernel_bench.run(options.json, options.tokens)
         case "checkpoint":
             checkpoint_bench.run(options.json)
+        case "train":
+            train_bench.run(options.json, options.tokens, options.layers, options.lora, options.remat)
         case "loop":
             bench.run_loop(options.json)
 

@@ -214,7 +214,10 @@ class AlgorithmConfig(Section):
 class ServerSection(Section):
     """Where the tool server is: an address, or a config from which this run starts its own."""
 
-    url: str | None = Field(default=None, description="of a running server, e.g. http://127.0.0.1:8900")
+    url: str | None = Field(
+        default=None,
+        description="of a running server, e.g. http://127.0.0.1:8900; {process} stands for each process's number",
+    )
     config: str | None = Field(default=None, description="YAML for a server of this run's own, on a free port")
     token: None = Field(default=None, description="never here: set JORCH_TOOLS_TOKEN")
 
@@ -223,6 +226,19 @@ class ServerSection(Section):
         if (self.url is None) == (self.config is None):
             raise ValueError("set exactly one of tools_server.url and tools_server.config")
         return self
+
+
+CONTEXT_TOKENS = 8
+"""A device's part of a row that devices share is a multiple of this."""
+
+
+def _check_rows(batch: BatchConfig, mesh: MeshConfig) -> None:
+    parts = CONTEXT_TOKENS * mesh.context
+    if mesh.context > 1 and batch.row_tokens % parts:
+        raise ValueError(
+            f"mesh.context={mesh.context} cannot split batch.row_tokens={batch.row_tokens}: it must be a multiple of "
+            f"{parts}, best of {256 * mesh.context}"
+        )
 
 
 def _check_lora(lora: LoraConfig | None, optimizer: OptimizerConfig) -> None:
@@ -284,6 +300,7 @@ class SftConfig(Section):
             raise ValueError("init_from is null, so a model section with the dimensions is needed")
         if self.init_from is None and self.lora is not None:
             raise ValueError("init_from is null; lora adapts trained weights, so set init_from to their folder")
+        _check_rows(self.batch, self.mesh)
         _check_lora(self.lora, self.optimizer)
         best = self.checkpoint.best_metric
         if best is not None and not best.startswith("train/"):
@@ -330,6 +347,7 @@ class RlConfig(Section):
             raise ValueError(
                 f"tasks_per_step={self.tasks_per_step} is not a multiple of num_minibatches={self.num_minibatches}"
             )
+        _check_rows(self.batch, self.mesh)
         _check_lora(self.lora, self.optimizer)
         _check_context(self.sampler, self.rollout)
         if self.sampler.max_context_tokens > self.batch.row_tokens:

@@ -6,6 +6,7 @@ on a file system that all processes see.
 """
 
 import os
+import pickle
 import re
 import sys
 from collections.abc import Iterator
@@ -15,10 +16,11 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 from jax.experimental import multihost_utils
 from pydantic import BaseModel
 
-from jorch.run_folder import open_run_folder
+from jorch.run_folder import naming, open_run_folder
 
 HEARTBEAT_TIMEOUT_S = 30
 """A process that says nothing for this long is dead: the others stop."""
@@ -80,6 +82,44 @@ def open_shared_run_folder(config: BaseModel, *, resume: bool, fresh: bool) -> I
 def _meet(where: str) -> None:
     if jax.process_count() > 1:
         multihost_utils.sync_global_devices(where)
+
+
+def own_folder(folder: Path) -> Path:
+    """Where this process alone may write in a run folder: the folder itself, where there is no other process."""
+    if jax.process_count() == 1:
+        return folder
+    own = folder / "processes" / str(jax.process_index())
+    with naming(own):
+        own.mkdir(parents=True, exist_ok=True)
+    return own
+
+
+def own_address(url: str) -> str:
+    """`url`, with this process's number for "{process}"."""
+    return url.replace("{process}", str(jax.process_index()))
+
+
+def own_share(count: int, key: str) -> slice:
+    """Which of `count` things this process takes on. Raises ValueError, naming `key`, where the shares are uneven."""
+    num_processes = jax.process_count()
+    if count % num_processes:
+        raise ValueError(f"{key}={count} is no multiple of the {num_processes} processes that share it")
+    size = count // num_processes
+    return slice(jax.process_index() * size, (jax.process_index() + 1) * size)
+
+
+def gather(part: list[Any]) -> list[Any]:
+    """The parts of all processes, joined in their order. Every process must call it."""
+    if jax.process_count() == 1:
+        return part
+    # Pickle: what comes in was made by the same program, in the same job.
+    content = np.frombuffer(pickle.dumps(part), np.uint8)
+    sizes = multihost_utils.process_allgather(np.int32(len(content)))
+    padded = np.zeros(int(sizes.max()), np.uint8)
+    padded[: len(content)] = content
+    rows = multihost_utils.process_allgather(padded)
+    parts = (pickle.loads(row[:size].tobytes()) for row, size in zip(rows, sizes, strict=True))
+    return [item for found in parts for item in found]
 
 
 def to_host(tree: Any) -> Any:

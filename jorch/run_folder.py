@@ -41,6 +41,7 @@ WRITTEN_BY_RUNS = (
     "rl",
     "tools_server.yaml",
     "tools_server.log",
+    "processes",
 )
 """What `--fresh` removes; a file of any other name in the folder is somebody else's."""
 

@@ -16,20 +16,31 @@ PACKAGES = ("jorch", "kernels", "tools_server")
 RANKS = {
     **dict.fromkeys(("types", "config"), 0),
     **dict.fromkeys(
-        ("config_help", "config_io", "run_folder", "metrics", "sharding", "versions", "processes", "flops", "stopping"),
+        (
+            "config_help",
+            "config_io",
+            "run_folder",
+            "metrics",
+            "sharding",
+            "versions",
+            "processes",
+            "flops",
+            "memory",
+            "stopping",
+        ),
         1,
     ),
     **dict.fromkeys(("model", "data", "checkpoint"), 2),
     **dict.fromkeys(("rollout", "train", "export", "serving"), 3),
     **dict.fromkeys(("rl", "synth", "evals"), 4),
-    **dict.fromkeys(("quickstart", "bench", "kernel_bench", "checkpoint_bench", "launch", "plan"), 5),
+    **dict.fromkeys(("quickstart", "bench", "kernel_bench", "checkpoint_bench", "train_bench", "launch", "plan"), 5),
     **dict.fromkeys(("cli", "arguments"), 6),
 }
 """A part of jorch may import parts of lower rank, and itself; parts of rank 1 and 6 also each other."""
 
-SIDEWAYS = {("export", "train"), ("serving", "export"), ("serving", "rollout")}
+SIDEWAYS = {("export", "train"), ("serving", "export"), ("serving", "rollout"), ("train_bench", "plan")}
 """Parts of one rank that may be imported one way: a checkpoint can only be read into the state that was saved, and a
-server gets its weights as exported and answers the rollouts."""
+server gets its weights as exported and answers the rollouts; a benchmark takes the published dimensions."""
 
 BRIDGES = {
     "jorch/rollout/tool_client.py": {"tools_server.wire"},
@@ -67,6 +78,7 @@ WITH_JAX = {
     "bench.py",
     "kernel_bench.py",
     "checkpoint_bench.py",
+    "train_bench.py",
     "jax_sampler.py",
     "row_batch.py",
 }

@@ -8,13 +8,25 @@ from typing import Any
 from jsonschema.validators import validator_for
 
 MAX_CHARACTERS = 200
+MAX_SEEN = 64
 Check = Callable[[dict[str, Any]], str | None]
 """Arguments -> None, or what is wrong with them and where."""
 
 
+_seen: dict[int, tuple[list[dict[str, Any]], Mapping[str, Check]]] = {}
+"""Lists met before: one that all sessions of an environment share need not be spelled out for each."""
+
+
 def compile_checks(tools: list[dict[str, Any]]) -> Mapping[str, Check]:
     """A check per tool name of OpenAI function schemas. Raises ValueError on a tool without a name."""
-    return _compile(json.dumps(tools, sort_keys=True))
+    known = _seen.get(id(tools))
+    if known is not None and known[0] is tools:
+        return known[1]
+    checks = _compile(json.dumps(tools, sort_keys=True))
+    if len(_seen) >= MAX_SEEN:
+        _seen.clear()
+    _seen[id(tools)] = (tools, checks)
+    return checks
 
 
 @functools.lru_cache(maxsize=256)

@@ -279,6 +279,9 @@ class ServerConfig(Section):
     abandon_s: float = Field(30.0, ge=0, description="after which calls are ended whose client has gone")
     max_request_bytes: PositiveInt = Field(64 * 1024**2, description="of one request's body")
     worker_threads: PositiveInt = Field(16, description="for environments whose calls block")
+    environment_timeout_s: PositiveFloat = Field(
+        120.0, description="of one call of such an environment, its queue included; the session ends without a verdict"
+    )
 
     @model_validator(mode="after")
     def _dates_its_prices(self) -> "ServerConfig":

@@ -5,9 +5,8 @@ ended and cleaned up by the code that started it.
 """
 
 import asyncio
-import contextlib
 from collections import Counter
-from collections.abc import AsyncIterator, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 
@@ -24,17 +23,9 @@ class Deadlines:
         """Calls under way."""
         return len(self._limits)
 
-    @contextlib.asynccontextmanager
-    async def limit(self, seconds: float | None) -> AsyncIterator[None]:
+    def limit(self, seconds: float | None) -> "Limit":
         """Raises TimeoutError in the current task, after `seconds` or when it is cut."""
-        task = asyncio.current_task()
-        assert task is not None
-        async with asyncio.timeout(seconds) as limit:
-            self._limits[task] = limit
-            try:
-                yield
-            finally:
-                del self._limits[task]
+        return Limit(self._limits, seconds)
 
     def cut(self, call: asyncio.Future[Any]) -> None:
         """End the call now. One that has its result keeps it."""
@@ -68,3 +59,24 @@ class Deadlines:
         for call in calls:
             if call not in self._waiting:
                 self.cut(call)
+
+
+class Limit:
+    """An async context manager; written out, because it is entered once per call."""
+
+    __slots__ = ("_limits", "_task", "_timeout")
+
+    def __init__(self, limits: dict[asyncio.Future[Any], asyncio.Timeout], seconds: float | None) -> None:
+        self._limits = limits
+        self._timeout = asyncio.timeout(seconds)
+
+    async def __aenter__(self) -> None:
+        task = asyncio.current_task()
+        assert task is not None
+        await self._timeout.__aenter__()
+        self._task = task
+        self._limits[task] = self._timeout
+
+    async def __aexit__(self, *failure: Any) -> None:
+        del self._limits[self._task]
+        await self._timeout.__aexit__(*failure)

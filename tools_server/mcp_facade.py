@@ -12,6 +12,7 @@ from typing import Any
 
 from aiohttp import web
 
+from tools_server.authorisation import allow_server_only
 from tools_server.tool import CallContext, ToolSpec
 from tools_server.toolbox import Toolbox
 
@@ -50,7 +51,8 @@ class McpFacade:
             await holder
 
     async def handle(self, request: web.Request) -> web.Response:
-        """One POST."""
+        """One POST. Its calls belong to no session and to no bill."""
+        allow_server_only(request)
         body = await request.read()
         status, headers, content = 500, [], bytearray()
 

@@ -16,7 +16,7 @@ SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120,
 class Metrics:
     """Every metric of one server."""
 
-    def __init__(self, num_sessions: Callable[[], int]) -> None:
+    def __init__(self, num_sessions: Callable[[], int], num_calls: Callable[[], int] = lambda: 0) -> None:
         self._registry = registry = CollectorRegistry()
         self._calls = Counter(
             "tools_calls",
@@ -47,6 +47,10 @@ class Metrics:
         )
         open_sessions = Gauge("tools_sessions_open", "Open sessions", registry=registry)
         open_sessions.set_function(num_sessions)
+        calls = Gauge("tools_calls_under_way", "Calls that are waiting or at work", registry=registry)
+        calls.set_function(num_calls)
+        self._refused = Counter("tools_refused", "Requests refused with 429, by cap", ["cap"], registry=registry)
+        self._times: dict[str, tuple[Histogram, Histogram]] = {}
         self._children: dict[tuple[str, str | None], Counter] = {}
 
     def count_call(self, environment: str, error: str | None) -> None:
@@ -62,9 +66,15 @@ class Metrics:
     def count_judged(self, agrees: bool) -> None:
         self._judged.labels("yes" if agrees else "no").inc()
 
+    def count_refused(self, cap: str) -> None:
+        self._refused.labels(cap).inc()
+
     def observe_tool(self, tool: str, work_s: float, wait_s: float) -> None:
-        self._work_s.labels(tool).observe(work_s)
-        self._wait_s.labels(tool).observe(wait_s)
+        times = self._times.get(tool)
+        if times is None:
+            times = self._times[tool] = (self._work_s.labels(tool), self._wait_s.labels(tool))
+        times[0].observe(work_s)
+        times[1].observe(wait_s)
 
     def render(self) -> bytes:
         """Prometheus' text format."""

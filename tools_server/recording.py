@@ -9,6 +9,7 @@ import asyncio
 import hashlib
 import json
 import sqlite3
+from collections import Counter
 from collections.abc import Awaitable, Callable
 from dataclasses import asdict
 from typing import Any
@@ -30,7 +31,8 @@ class Recorder:
     def __init__(self, config: RecordingConfig) -> None:
         """Raises ValueError where the file cannot be used."""
         self._mode = config.mode
-        self._under_way: dict[str, asyncio.Future[ToolOutput]] = {}
+        self._under_way: dict[str, asyncio.Task[ToolOutput]] = {}
+        self._waiting: Counter[asyncio.Task[ToolOutput]] = Counter()
         self.failed = False
         """Whether the last answer that should have been recorded could not be."""
         try:
@@ -61,14 +63,35 @@ class Recorder:
             return known
         if self._mode == "replay_or_fail":
             return ToolOutput(f"no recording of this call of {spec.name}", "infra_error")
-        if key in self._under_way:
-            return await asyncio.shield(self._under_way[key])
-        task = asyncio.ensure_future(carry_out())
-        self._under_way[key] = task
+        task = self._under_way.get(key)
+        if task is None:
+            task = asyncio.create_task(self._record(key, spec, arguments, context, carry_out))
+            self._under_way[key] = task
+            task.add_done_callback(lambda done: self._forget(key, done))
+        self._waiting[task] += 1
         try:
-            output = await asyncio.shield(task)
+            return await asyncio.shield(task)
         finally:
+            self._waiting[task] -= 1
+            if not self._waiting[task]:
+                del self._waiting[task]
+                self._forget(key, task)
+                task.cancel()  # nobody waits any more; one that is done stays done
+
+    def _forget(self, key: str, task: asyncio.Task[ToolOutput]) -> None:
+        """The next call of this key is carried out anew."""
+        if self._under_way.get(key) is task:
             del self._under_way[key]
+
+    async def _record(
+        self,
+        key: str,
+        spec: ToolSpec,
+        arguments: dict[str, Any],
+        context: CallContext,
+        carry_out: Callable[[], Awaitable[ToolOutput]],
+    ) -> ToolOutput:
+        output = await carry_out()
         if output.error != "infra_error":
             self._store(key, spec, arguments, context, output)
         return output

@@ -13,6 +13,7 @@ from typing import Any
 
 from tools_server import registry
 from tools_server.config import ServerConfig, Tau2Config, load_config
+from tools_server.ledger import Ledger
 from tools_server.sessions import Sessions
 from tools_server.tool_session import ToolsSetup, settle
 from tools_server.trace import Trace, read_trace
@@ -76,10 +77,18 @@ async def record_of(trace: Trace, sessions: Sessions, default_user: str = "silen
             return Verdict(**stored)
 
         return await settle(trace.session.session_id, setup, trace.calls, verify_again)
+    if any(result.error == "infra_error" for _, result in trace.calls):  # cut half-way: there was nothing to judge
+        bill = Ledger()
+        for _, result in trace.calls:
+            bill.charge(result)
+        name = trace.session.session_id
+        return SessionRecord(name, 0.0, bill.cost_usd, bill.latency_s, bill.tool_counts, "infra_error")
     opened = await _answer(sessions.open(_without_models(trace, default_user)))
     if opened.error is not None:
         raise ValueError(f"the session cannot be opened: {opened.error}")
     for call, result in trace.calls:
+        if result.error == "cancelled":
+            continue  # the environment never saw it
         again = await _answer(sessions.call(call))
         if again != result:
             raise ValueError(f"call {call.call_id} is answered otherwise: {_difference(result, again)}")

@@ -248,8 +248,10 @@ class Session:
         world that it leaves, so that the session ends without a verdict.
         """
         observation = Observation(call.name, "cancelled before its turn", error="cancelled")
+        most_s = self._config.environment_timeout_s if self._blocking else None
+        limits = [limit for limit in (call.deadline_s, most_s) if limit is not None]
         try:
-            async with self._deadlines.limit(call.deadline_s), self._in_order:
+            async with self._deadlines.limit(min(limits, default=None)), self._in_order:
                 observation = Observation(call.name, "cancelled half-way", error="infra_error", ended=True)
                 observation = await self._off_loop(self._observe, call, self._environment)
                 await asyncio.sleep(observation.latency_s * self._config.time_scale)

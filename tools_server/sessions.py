@@ -43,8 +43,8 @@ class Sessions:
     def __init__(self, config: ServerConfig) -> None:
         """Raises ValueError where the config names a price that is not to be had, or a package is missing."""
         self._config = config
-        self.metrics = Metrics(self.__len__)
         self.deadlines = Deadlines(config.abandon_s)
+        self.metrics = Metrics(self.__len__, self.deadlines.__len__)
         self.spans = Spans(config.spans_url)
         self.toolbox = Toolbox(config, self.metrics, self.spans)
         self._traces = TraceFile(config.traces) if config.traces is not None else None
@@ -63,11 +63,13 @@ class Sessions:
         most = self._config.max_sessions
         new = {name for name in names if name not in self._sessions and name not in self._records}
         if new and len(self) + len(new) > most and len(self) - self.forget_idle() + len(new) > most:
+            self.metrics.count_refused("max_sessions")
             raise Busy(f"{len(self)} sessions are open, {len(new)} more were asked for, max_sessions is {most}")
 
     def admit_calls(self, count: int) -> None:
         """Raises Busy where so many more may not be under way."""
         if len(self.deadlines) and len(self.deadlines) + count > self._config.max_calls:
+            self.metrics.count_refused("max_calls")
             raise Busy(f"{len(self.deadlines)} calls are under way, max_calls is {self._config.max_calls}")
 
     def open(self, wanted: OpenSession) -> Answer[SessionOpened]:

@@ -6,12 +6,14 @@ own spans. What a session is called is an attribute of a span, and never a label
 
 import asyncio
 import contextlib
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable
 from typing import Any
 
 from aiohttp import web
 
 from tools_server.authorisation import OPEN_PATHS
+
+NO_SPAN = contextlib.nullcontext()
 
 
 class Spans:
@@ -40,14 +42,13 @@ class Spans:
         if self._provider is not None:
             await asyncio.to_thread(self._provider.shutdown)
 
-    @contextlib.contextmanager
-    def span(self, name: str, parent: Any = None, **attributes: str | int | float) -> Iterator[Any]:
-        """A span around the block, below the current one; the span, or None where none are sent."""
+    def span(
+        self, name: str, parent: Any = None, **attributes: str | int | float
+    ) -> contextlib.AbstractContextManager[Any]:
+        """Around a block, below the current span; gives the span, or None where none are sent."""
         if self._provider is None:
-            yield None
-            return
-        with self._tracer.start_as_current_span(name, context=parent, attributes=attributes) as span:
-            yield span
+            return NO_SPAN
+        return self._tracer.start_as_current_span(name, context=parent, attributes=attributes)
 
     @property
     def middlewares(self) -> list[Any]:

@@ -48,10 +48,10 @@ class Source(Protocol):
 class Toolbox:
     """Every tool of a server, by name. Use between `start` and `close`."""
 
-    def __init__(self, config: ServerConfig, metrics: Metrics, spans: Spans) -> None:
+    def __init__(self, config: ServerConfig, metrics: Metrics, spans: Spans | None = None) -> None:
         """Raises ValueError where a price is not to be had or the file of recordings cannot be used."""
         self._metrics = metrics
-        self._spans = spans
+        self._spans = spans or Spans(None)
         self.recorder = Recorder(config.recording) if config.recording is not None else None
         table = load_prices(config.prices) if config.prices is not None else None
         self._sources: list[Source] = []

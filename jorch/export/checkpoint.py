@@ -10,6 +10,7 @@ from jorch.data import tokenizer as tokenizers
 from jorch.export import adapter, heads, hf, pretrained, weights
 from jorch.export.importing import refuse_occupied
 from jorch.export.source import Held
+from jorch.memory import give_back_freed_blocks
 from jorch.model.lora import LoraQwen3
 from jorch.model.transformer import Params, Qwen3, Trainable
 from jorch.run_folder import CONFIG
@@ -31,6 +32,7 @@ def run(
     Raises ValueError where `source` is no training run, has no such checkpoint or no adapter, where the adapter's base
     is gone or another one, or `out` is not empty.
     """
+    give_back_freed_blocks()
     if weights.is_checkpoint(source):
         if step is not None:
             raise ValueError(f"{source} is no training run, so it has no --step")

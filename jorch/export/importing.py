@@ -4,6 +4,7 @@ from pathlib import Path
 
 from jorch.config import MeshConfig
 from jorch.export import pretrained, tensors, weights
+from jorch.memory import give_back_freed_blocks
 from jorch.sharding import make_mesh
 
 
@@ -13,6 +14,7 @@ def run(source: Path, out: Path, dtype: str | None) -> None:
     Raises ValueError where `source` is no Qwen3 or damaged, or `out` is not empty; then nothing is written.
     """
     refuse_occupied(out)
+    give_back_freed_blocks()
     start = pretrained.load(
         str(pretrained.folder_of(str(source), "--from")),
         make_mesh(MeshConfig()),

@@ -7,7 +7,9 @@ from jorch.launch import kubernetes, local, slurm
 
 
 def run(options: argparse.Namespace) -> None:
-    """Run or submit `jorch sft` with the same config, overrides and start, or print what would be submitted.
+    """Run or submit `jorch sft` or `jorch rl` with the same config, overrides and start.
+
+    Or print what would be submitted.
 
     Raises ValueError for a mistake of the user, ChildProcessError where a process died.
     """
@@ -28,7 +30,7 @@ def run(options: argparse.Namespace) -> None:
 
 def _arguments(options: argparse.Namespace) -> list[str]:
     start = [f"--{name}" for name in ("resume", "fresh") if getattr(options, name)]
-    return ["sft", *options.positionals, *start]
+    return [options.stage, *options.positionals, *start]
 
 
 def _cluster(options: argparse.Namespace) -> kubernetes.Cluster:

@@ -6,14 +6,13 @@ from dataclasses import dataclass
 import jax
 from jax.sharding import Mesh
 
+from jorch.config import CONTEXT_TOKENS
 from jorch.model.layers import Attend
 from jorch.sharding import sharding
 from kernels.attention.api import SAVED_NAME as SAVED_NAME
 from kernels.attention.api import attention
 from kernels.attention.context import balanced_order, context_attention, reorder
 from kernels.attention.tiles import BLOCK_Q, tile
-
-_MIN_BLOCK = 8
 
 
 @dataclass(frozen=True)
@@ -42,8 +41,7 @@ class PackedRows:
 def packed_rows(mask_BT: jax.Array, head_dim: int, mesh: Mesh | None) -> PackedRows:
     """Attention within packed rows and rollout trees; `mask` as in `kernels.attention.mask`.
 
-    Tiles are listed and dealt out here, once for all layers and both passes. Raises ValueError where the rows of a
-    mesh with a context axis do not split into tiles.
+    Tiles are listed and dealt out here, once for all layers and both passes.
     """
     scale, num_shards = head_dim**-0.5, mesh.shape["context"] if mesh else 1
     if mesh is None or num_shards == 1:
@@ -59,10 +57,5 @@ def packed_rows(mask_BT: jax.Array, head_dim: int, mesh: Mesh | None) -> PackedR
 
 def _block(num_tokens: int, num_shards: int) -> int:
     """Tokens of a tile: as many as the kernels like, or what divides the devices' parts."""
-    block = math.gcd(num_tokens // num_shards, BLOCK_Q)
-    if num_tokens % num_shards or block < _MIN_BLOCK:
-        raise ValueError(
-            f"mesh.context={num_shards} splits rows of {num_tokens} tokens; batch.row_tokens must be a multiple of "
-            f"{_MIN_BLOCK * num_shards}, best of {BLOCK_Q * num_shards}"
-        )
-    return block
+    assert num_tokens % (num_shards * CONTEXT_TOKENS) == 0, "the config has checked this"
+    return math.gcd(num_tokens // num_shards, BLOCK_Q)

@@ -28,6 +28,7 @@ class Transformer(nnx.Module):
     def __init__(self, config: ModelConfig, lora: LoraConfig | None = None, *, rngs: nnx.Rngs) -> None:
         V, D = config.vocab_size, config.hidden_size
         self.config = config
+        self.packed_rows = packed_rows
         self.embed = param(
             rngs, (V, D), ("vocab", "embed"), 0.1 if config.tie_word_embeddings else 1.0, config.param_dtype
         )
@@ -68,9 +69,9 @@ class Transformer(nnx.Module):
     ) -> jax.Array:
         """Final hidden states [B, T, D] of packed rows; `mask` as in `kernels.attention.mask`.
 
-        On a `mesh` with a context axis devices share the rows. Raises ValueError where these do not split.
+        On a `mesh` with a context axis devices share the rows, whose length must split (`config.CONTEXT_TOKENS`).
         """
-        rows = packed_rows(mask_BT, self.config.head_dim, mesh)
+        rows = self.packed_rows(mask_BT, self.config.head_dim, mesh)
         x_BTD, rope = self.start(rows.spread(token_ids_BT), rows.spread(positions_BT))
         graphdef, stacked = nnx.split(self.layers)
 

@@ -6,6 +6,7 @@ XLA lays the program out in memory as on the device, and refuses, as the device 
 import importlib.util
 import os
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,8 +26,16 @@ from jorch.train.state import abstract_state
 from jorch.train.step import make_train_step
 from jorch.types import PackedBatch
 
-_NO_TPU_HERE = {"TPU_SKIP_MDS_QUERY": "1", "TPU_WORKER_HOSTNAMES": "localhost", "TPU_ACCELERATOR_TYPE": "v5litepod-16"}
-"""What libtpu would otherwise look for on a TPU's host, with warnings; the topology's own name decides."""
+_NO_TPU_HERE = {
+    "TPU_SKIP_MDS_QUERY": "1",
+    "TPU_WORKER_HOSTNAMES": "localhost",
+    "TPU_ACCELERATOR_TYPE": "v5litepod-16",
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+}
+"""What libtpu would otherwise look for on a TPU's host, with warnings; the topology's own name decides.
+
+It also wants to be the only one on its host, for the sake of a TPU that a compiler has no use for.
+"""
 
 _INTS = ("token_ids", "positions", "segment_ids", "parents", "visible_until")
 
@@ -49,11 +58,7 @@ def is_available() -> bool:
 
 def compile_step(job: Job, topology: Topology) -> Compiled:
     """Compile the supervised train step of `job`; minutes for billions of parameters."""
-    from jax.experimental import topologies
-
-    for variable, value in _NO_TPU_HERE.items():
-        os.environ.setdefault(variable, value)
-    devices = topologies.get_topology_desc(platform="tpu", topology_name=topology.name).devices
+    devices = tpu_devices(topology)
     shape = mesh_shape(job.mesh, len(devices))
     mesh = Mesh(np.array(devices).reshape(shape), MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
     base, optimizer = Qwen3(job.model), make_optimizer(job.optimizer, 1000)
@@ -70,6 +75,15 @@ def compile_step(job: Job, topology: Topology) -> Compiled:
         return Compiled(0.0, float(used[1]) * (2**30 if used[2] == "G" else 2**20), fits=False)
     found = compiled.memory_analysis()
     return Compiled(found.argument_size_in_bytes, found.peak_memory_in_bytes, fits=True)
+
+
+def tpu_devices(topology: Topology) -> Sequence[Any]:
+    """Devices to compile for, on a machine that has none; several processes may have them at once."""
+    from jax.experimental import topologies
+
+    for variable, value in _NO_TPU_HERE.items():
+        os.environ.setdefault(variable, value)
+    return topologies.get_topology_desc(platform="tpu", topology_name=topology.name).devices
 
 
 def _abstract_batch(job: Job, mesh: Mesh) -> PackedBatch:

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import AbstractMesh, AxisType
 
-from jorch.config import LoraConfig, MeshConfig, ModelConfig, OptimizerConfig
+from jorch.config import CONTEXT_TOKENS, LoraConfig, MeshConfig, ModelConfig, OptimizerConfig
 from jorch.model.lora import LoraQwen3
 from jorch.model.transformer import Qwen3, Trainable
 from jorch.plan.job import Job
@@ -55,7 +55,8 @@ class Memory:
 def memory(job: Job, num_devices: int, attention: Attention) -> Memory:
     """Raises ValueError where the mesh does not cover the devices, or a size does not divide over it."""
     # Frozen models are hashable, which pyright does not see.
-    key: Any = job.model, job.lora, job.optimizer, job.mesh
+    # Rematerialisation changes nothing in the state, whose shapes take a moment to find out.
+    key: Any = job.model.model_copy(update={"remat": "none"}), job.lora, job.optimizer, job.mesh
     trained, frozen, optimizer_state, gradients = _state_bytes(*key, num_devices)
     _check_batch(job, num_devices)
     saved, backward = _activation_bytes(job, num_devices, attention)
@@ -103,8 +104,8 @@ def _check_batch(job: Job, num_devices: int) -> None:
             f"batch.micro_rows={job.batch.micro_rows} does not divide over data x fsdp = {data * fsdp}: "
             f"set it to a multiple of {data * fsdp}"
         )
-    if job.batch.row_tokens % context:
-        raise ValueError(f"batch.row_tokens={job.batch.row_tokens} does not divide over mesh.context={context}")
+    if context > 1 and job.batch.row_tokens % (CONTEXT_TOKENS * context):
+        raise ValueError(f"batch.row_tokens={job.batch.row_tokens} is not a multiple of {CONTEXT_TOKENS} x context")
 
 
 def _activation_bytes(job: Job, num_devices: int, attention: Attention) -> tuple[float, float]:

@@ -7,8 +7,9 @@ step's number. So a resumed run repeats exactly what an uninterrupted one would 
 import asyncio
 import itertools
 import time
-from contextlib import closing
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,14 +20,24 @@ import optax
 from jax.sharding import Mesh
 
 from jorch.checkpoint import Checkpoints, base_meta, check_base, describe
-from jorch.config import RlConfig
+from jorch.config import RlConfig, ServerSection
 from jorch.data.chat import render_observation
 from jorch.data.packing import fill_fraction, pack
 from jorch.data.tasks import TaskStream, read_jsonl
+from jorch.data.tokenizer import Tokenizer
 from jorch.export import hf, pretrained
 from jorch.metrics import MetricWriter, Stage, stage
 from jorch.model import lora
 from jorch.model.transformer import Params, Trainable
+from jorch.processes import (
+    gather,
+    is_writer,
+    open_shared_run_folder,
+    own_address,
+    own_folder,
+    own_share,
+    to_host,
+)
 from jorch.rl.advantages import keeps_group
 from jorch.rl.losses import policy_loss
 from jorch.rl.report import TrajectoryLog, rollout_metrics
@@ -36,7 +47,6 @@ from jorch.rollout.driver import Driver, probe
 from jorch.rollout.sampler import Sampler
 from jorch.rollout.server_process import tool_server
 from jorch.rollout.tool_client import ToolClient
-from jorch.run_folder import open_run_folder
 from jorch.serving.samplers import make_sampler
 from jorch.sharding import make_mesh, shard_batch
 from jorch.stopping import Terminated, on_sigterm
@@ -103,10 +113,15 @@ class Learner:
 
 
 def run(config: RlConfig, *, resume: bool, fresh: bool) -> None:
-    """Train to `config.steps`, then export to OUT/model. Raises ValueError for what a user can mend."""
-    with open_run_folder(config, resume=resume, fresh=fresh) as folder:
-        tasks = read_jsonl(Path(config.tasks))
-        with tool_server(config.tools_server, folder / "tools_server.log") as url:
+    """Train to `config.steps`, then export to OUT/model. Raises ValueError for what a user can mend.
+
+    Of several processes each plays its share of a step's tasks, with a sampler of its own and the tool server that its
+    address names or one of its own; all then take the same step on all of them.
+    """
+    own_share(config.tasks_per_step, "tasks_per_step")
+    with open_shared_run_folder(config, resume=resume, fresh=fresh) as folder:
+        tasks, own = read_jsonl(Path(config.tasks)), own_folder(folder)
+        with tool_server(_own_server(config.tools_server), own / "tools_server.log") as url:
             asyncio.run(_probe(config, tasks, url))
             start = pretrained.load(
                 config.init_from,
@@ -115,9 +130,15 @@ def run(config: RlConfig, *, resume: bool, fresh: bool) -> None:
                 compute_dtype=config.compute_dtype,
                 remat=config.remat,
             )
-            with closing(make_sampler(config.sampler, config.rollout, start, folder)) as sampler:
+            local = replace(start, params=to_host(start.params))
+            with closing(make_sampler(config.sampler, config.rollout, local, own)) as sampler:
                 train(config, folder, tasks, start, sampler, url)
         print(f"model: {folder / 'model'}")
+
+
+def _own_server(section: ServerSection) -> ServerSection:
+    """The section with this process's number in its address."""
+    return section if section.url is None else section.model_copy(update={"url": own_address(section.url)})
 
 
 async def _probe(config: RlConfig, tasks: list[Task], url: str) -> None:
@@ -139,13 +160,16 @@ def train(
     Raises Terminated after SIGTERM, with a checkpoint of the last step.
     """
     mesh = make_mesh(config.mesh)
-    hf.save_architecture(folder, start.model.config, start.tokenizer)
+    if is_writer():
+        hf.save_architecture(folder, start.model.config, start.tokenizer)
     learner = make_learner(config, mesh, start)
     with Checkpoints(folder / "checkpoints", config.checkpoint) as checkpoints:
         first_step = _restore(learner, checkpoints, start)
-        sampler.publish(learner.params, first_step)
+        sampler.publish(to_host(learner.params), first_step)
         asyncio.run(_train(config, folder, tasks, start, learner, sampler, checkpoints, url))
-    hf.save(folder / "model", start.model.config, learner.params, start.tokenizer)
+    params = to_host(learner.params)
+    if is_writer():
+        hf.save(folder / "model", start.model.config, params, start.tokenizer)
 
 
 def make_learner(config: RlConfig, mesh: Mesh, start: pretrained.Pretrained) -> Learner:
@@ -198,8 +222,7 @@ async def _train(
         position = {"data_position": first_step * config.tasks_per_step}
         checkpoints.save(first_step, learner.state, meta | position, force=True)
         with (
-            MetricWriter(folder, first_step) as writer,
-            TrajectoryLog(folder, first_step, start.tokenizer, config.log_trajectories) as log,
+            _log(config, folder, first_step, start.tokenizer) as log,
             stage("reinforcement learning", config.steps) as progress,
             on_sigterm() as told_to_end,
         ):
@@ -207,8 +230,7 @@ async def _train(
             for step in range(first_step, config.steps):
                 batch_tasks = stream.batch(step)
                 metrics, groups = await take_step(config, step, batch_tasks, driver, sampler, learner)
-                writer.write(step, metrics)
-                log.write(step, groups)
+                log(step, metrics, groups)
                 ends, is_last = told_to_end(step + 1), step + 1 == config.steps
                 position = {"data_position": (step + 1) * config.tasks_per_step}
                 checkpoints.save(step + 1, learner.state, meta | position, metrics=metrics, force=ends or is_last)
@@ -218,19 +240,40 @@ async def _train(
                     raise Terminated(f"stopped by SIGTERM after step {step}, which is saved")
 
 
+@contextmanager
+def _log(
+    config: RlConfig, folder: Path, first_step: int, tokenizer: Tokenizer
+) -> Iterator[Callable[[int, dict[str, float], list[Group]], None]]:
+    """A function that writes down a step's metrics and some of its trajectories, in the one process that does."""
+    if not is_writer():
+        yield lambda step, metrics, groups: None
+        return
+    trajectories = TrajectoryLog(folder, first_step, tokenizer, config.log_trajectories)
+    with MetricWriter(folder, first_step) as writer, trajectories:
+
+        def write(step: int, metrics: dict[str, float], groups: list[Group]) -> None:
+            writer.write(step, metrics)
+            trajectories.write(step, groups)
+
+        yield write
+
+
 async def take_step(
     config: RlConfig, step: int, tasks: list[Task], driver: Driver, sampler: Sampler, learner: Learner
 ) -> tuple[dict[str, float], list[Group]]:
     """One policy update; its metrics and the scored groups, kept or not."""
     began = time.perf_counter()
     busy_s = sampler.stats.busy_s
-    trajectories = await driver.run_groups(
-        tasks,
+    share = own_share(len(tasks), "tasks_per_step")
+    played = await driver.run_groups(
+        tasks[share],
         config.group_size,
         run_id=f"step-{step}",
         seed=config.seed,
         temperature=config.rollout.temperature,
+        first_position=share.start,
     )
+    trajectories = gather(played)
     rolled_out = time.perf_counter()
     groups = [
         score_group(task, present, config.reward, config.algorithm)
@@ -241,7 +284,7 @@ async def take_step(
     scored = time.perf_counter()
     metrics = learner.update(kept)
     _check_finite(metrics, learner, config, step)
-    sampler.publish(learner.params, step + 1)
+    sampler.publish(to_host(learner.params), step + 1)
     sample_s = sampler.stats.busy_s - busy_s
     metrics |= rollout_metrics(groups, _flat(trajectories))
     metrics |= {

@@ -72,13 +72,21 @@ class Driver:
     _parsed: dict[bytes, ParsedCalls] = field(default_factory=dict)
 
     async def run_groups(
-        self, tasks: Sequence[Task], group_size: int, *, run_id: str, seed: int, temperature: float
+        self,
+        tasks: Sequence[Task],
+        group_size: int,
+        *,
+        run_id: str,
+        seed: int,
+        temperature: float,
+        first_position: int = 0,
     ) -> list[list[Trajectory]]:
         """`group_size` sibling trajectories for every task, in order.
 
         Args:
             run_id: tells this call from others of the run, e.g. "step-12".
             seed: of the sampling noise; each trajectory derives its own from it.
+            first_position: of the first task, where other processes play those before it.
 
         Raises:
             ToolServerDown: the server is gone after all retries, or has lost every session.
@@ -88,7 +96,7 @@ class Driver:
             texts_of_an_earlier_step.clear()
         ids = [
             [f"{run_id}/{position}/{task.task_id}/{i}" for i in range(group_size)]
-            for position, task in enumerate(tasks)
+            for position, task in enumerate(tasks, first_position)
         ]
         self.sampler.expect(list(itertools.chain.from_iterable(ids)))
         try:
@@ -120,6 +128,7 @@ class Driver:
                     return await self._attempt(task, trajectory_id, session_id, seed, temperature)
                 except SessionLost:
                     self.sampler.release(trajectory_id)
+                    await self.tools.finish(session_id)  # the server counts the failure, and keeps no place for it
             return Trajectory(task.task_id, trajectory_id, (), "infra_error", 0.0, 0, 0.0, 0.0, {})
         finally:
             self.sampler.release(trajectory_id)

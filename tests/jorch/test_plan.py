@@ -1,6 +1,8 @@
 """Plans beside what they are about: real arrays, the program that XLA compiles, the config with its changes made."""
 
 import json
+import subprocess
+import sys
 
 import jax
 import pytest
@@ -145,6 +147,22 @@ def test_what_a_plan_refuses(arguments, line, capsys):
     err = capsys.readouterr().err
     assert line in err
     assert err.count("\n") == 1
+
+
+@pytest.mark.tpu_aot
+def test_two_plans_may_compile_at_once():
+    """libtpu by itself refuses to be loaded while another process has it."""
+    script = (
+        "from jorch.plan import compile, topology\n"
+        "print(len(compile.tpu_devices(topology.parse('v5e:4x4'))), flush=True)\n"
+        "input()"
+    )
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    command = [sys.executable, "-c", script]
+    with subprocess.Popen(command, **pipes) as first, subprocess.Popen(command, **pipes) as second:
+        assert [child.stdout.readline() for child in (first, second)] == ["16\n", "16\n"]
+        for child in (first, second):
+            child.communicate("\n")
 
 
 @pytest.mark.tpu_aot

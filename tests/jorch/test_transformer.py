@@ -203,6 +203,7 @@ def test_a_size_that_does_not_divide_is_refused():
     )
     mesh = AbstractMesh((1, 8, 1, 1), MESH_AXES, axis_types=(AxisType.Auto,) * 4)
     with pytest.raises(
-        ValueError, match=r"axis 'embed' of size 12 does not divide over mesh axes \('fsdp',\) of size 8"
+        ValueError,
+        match=r"axis 'embed' of size 12 does not divide over mesh axes \('fsdp',\) of size 8; allowed: 1, 2, 3, 4, 6$",
     ):
         model.shardings(mesh)

@@ -12,6 +12,7 @@ from aiohttp import web
 from tools_server import registry
 from tools_server.app import make_app
 from tools_server.config import ServerConfig
+from tools_server.rescore import rescore
 from tools_server.sessions import Sessions
 from tools_server.wire import API_VERSION, MAX_ITEMS, Call, OpenSession, SessionRecord
 
@@ -413,6 +414,25 @@ def test_an_environment_that_fails_ends_its_own_session_only(toy):
     assert [result["error"] for result in results] == ["env_error", "session_over", None]
     assert results[0]["content"] == "the environment failed: RuntimeError"
     assert [(record["outcome"], record["error"]) for record in records] == [(0.0, "env_error"), (1.0, None)]
+
+
+def test_a_call_that_hangs_ends_its_own_session_without_a_verdict(toy, tmp_path):
+    async def scenario(server):
+        await server.open("a", "b", "c", environment="toy")
+        results = await server.call(("a", "0", "meet", {}), ("a", "1", "say", {"text": "a"}))  # it would wait for ever
+        other = await server.call(("b", "0", "say", {"text": "a"}))
+        [forked] = (await server.post("/v1/forks", {"forks": [{"session_id": "a", "new_session_id": "f"}]}))["sessions"]
+        records = await server.finish("a", "b")
+        await server.call(("c", "0", "meet", {}))  # lets the thread go
+        return results, other, forked, records
+
+    traces = tmp_path / "traces.jsonl"
+    results, [other], forked, records = run(scenario, environment_timeout_s=0.2, traces=str(traces))
+    assert [result["error"] for result in results] == ["infra_error", "cancelled"]
+    assert other["error"] is None
+    assert forked["error"] == "its environment has failed"
+    assert [(record["outcome"], record["error"]) for record in records] == [(0.0, "infra_error"), (1.0, None)]
+    assert asyncio.run(rescore(traces, ServerConfig.model_validate({}))) == (2, [])
 
 
 def test_an_environment_is_imported_at_its_first_session(toy):

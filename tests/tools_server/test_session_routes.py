@@ -12,6 +12,7 @@ from fake_endpoint import completion, endpoint
 
 from tools_server.app import make_app
 from tools_server.config import ServerConfig
+from tools_server.rescore import rescore
 
 EXPERT = {
     "kind": "simulated",
@@ -159,6 +160,7 @@ def test_tokens():
             ("/v1/sessions/unknown/snapshot", {}),
             ("/v1/sessions/b/restore", {"num_calls": 0}),
             ("/v1/sessions/b/fork", {"new_session_id": "c"}),
+            ("/mcp", {}),
         ):
             assert (await client.request("POST", path, payload, other))[0] == 403, path
         for method, path in (("DELETE", "/v1/sessions/b"), ("GET", "/metrics")):
@@ -167,7 +169,8 @@ def test_tokens():
         assert (await client.request("POST", "/v1/calls", batch, own))[0] == 200
         assert (await client.request("GET", "/v1/tools", None, own))[0] == 200
 
-    run(scenario)
+    pytest.importorskip("mcp", reason="needs the extra mcp")
+    run(scenario, tools={"say": SAY})
 
 
 def test_calls_are_taken_back_with_their_bill():
@@ -231,18 +234,21 @@ def test_a_deadline_ends_the_work_and_charges_nothing():
     run_with_endpoint(scenario, "hang", completion("hello"))
 
 
-def test_a_deadline_passes_in_the_queue_of_an_environment():
-    """Latency that is slept: the second call would have to wait 0.4 s for its turn."""
+def test_a_deadline_passes_in_the_queue_of_an_environment(tmp_path):
+    """Latency that is slept: the second call would have to wait 0.2 s for its turn. The record comes out again."""
 
     async def scenario(client):
         await client.open("a")
-        calls = [{"call_id": "0", **SEARCH}, {"call_id": "1", **ANSWER, "deadline_s": 0.1}]
+        calls = [{"call_id": "0", **SEARCH}, {"call_id": "1", **ANSWER, "deadline_s": 0.05}]
         results = (await client.ok("a", "call_batch", {"calls": calls}))["results"]
         assert [result["error"] for result in results] == [None, "cancelled"]
         assert (await client.ok("a", "call", {"call_id": "2", **ANSWER}))["content"] == "answered"
         assert (await client.ok("a", "finish"))["outcome"] == 1.0
 
-    run(scenario, time_scale=4.0)
+    options = {"time_scale": 2.0, "traces": str(tmp_path / "traces.jsonl")}
+    run(scenario, **options)
+    config = ServerConfig.model_validate({"experts": {"e": EXPERT}, **options})
+    assert asyncio.run(rescore(tmp_path / "traces.jsonl", config)) == (1, [])
 
 
 def test_a_client_that_goes_away_frees_its_work():
@@ -273,10 +279,37 @@ def test_a_client_that_comes_back_in_time_finds_its_work():
         assert len(fake.requests) == 1
 
     async def slow(request):
-        await asyncio.sleep(1.0)
+        await asyncio.sleep(0.5)
         return completion("hello")
 
-    run_with_endpoint(scenario, slow, abandon_s=0.3)
+    run_with_endpoint(scenario, slow, abandon_s=0.2)
+
+
+@pytest.mark.parametrize("both_give_up", [False, True])
+def test_recorded_work_ends_when_nobody_waits_for_it(tmp_path, both_give_up):
+    """Two sessions make one call, carried out once; where both give up it is ended, where one stays it is recorded."""
+
+    async def scenario(client, fake):
+        deadlines = {"a": 0.2, "b": 0.2 if both_give_up else 20, "c": 20}
+        for name in deadlines:
+            await client.open(name, "tools", {})
+        call = {"call_id": "0", "name": "expert", "arguments": {"prompt": "hi"}}
+        waiting = [
+            asyncio.create_task(client.ok(name, "call", call | {"deadline_s": deadlines[name]})) for name in "ab"
+        ]
+        results = [await answer for answer in waiting]
+        await until(lambda: fake.at_once == 0)
+        expected = "cancelled" if both_give_up else None
+        assert [result["error"] for result in results] == ["cancelled", expected]
+        assert (await client.ok("c", "call", call))["content"] == "hello"
+        assert len(fake.requests) == (2 if both_give_up else 1)
+
+    async def slow(request):
+        await asyncio.sleep(0.5)
+        return completion("hello")
+
+    recording = {"path": str(tmp_path / "calls.sqlite"), "mode": "replay"}
+    run_with_endpoint(scenario, slow, recording=recording)
 
 
 def test_deleting_a_session_ends_its_calls():
@@ -306,6 +339,10 @@ def test_the_cap_on_calls_is_hard():
         status, answer = await client.post("a", "call_batch", more)
         assert (status, answer["error"]) == (429, "1 calls are under way, max_calls is 1")
         assert len(fake.requests) == 1
+        async with client.http.get("/metrics", headers=SERVER) as response:
+            text = await response.text()
+        assert "tools_calls_under_way 1.0" in text
+        assert 'tools_refused_total{cap="max_calls"} 1.0' in text
         assert (await waiting)["content"] == "late"
         assert (await client.ok("a", "call_batch", more))["results"][0]["content"] == "late"
 
@@ -316,16 +353,17 @@ def test_the_cap_on_calls_is_hard():
     run_with_endpoint(scenario, slow, max_calls=1)
 
 
+@pytest.mark.slow
 def test_a_heartbeat_keeps_a_session():
     async def scenario(client):
         await client.open("kept")
         await client.open("left")
         for _ in range(12):
-            await asyncio.sleep(0.1)
+            await asyncio.sleep(0.25)
             await client.ok("kept", "heartbeat")
         assert (await client.post("left", "heartbeat"))[0] == 404
 
-    run(scenario, session_ttl_s=0.5)
+    run(scenario, session_ttl_s=1.5)
 
 
 @pytest.mark.parametrize(

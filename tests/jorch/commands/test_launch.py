@@ -8,7 +8,9 @@ import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+from safetensors.numpy import load_file
 
 from jorch.run_folder import read_jsonl
 
@@ -53,6 +55,40 @@ def test_two_processes_end_bit_by_bit_like_one(jorch: Any) -> None:
     assert result.stdout.count("model: sft/model") == 1  # one writer
     assert len(timeless(jorch.world / "sft")) == 2
     assert_same(jorch.world)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_rollouts_of_two_processes_train_like_those_of_one(jorch: Any) -> None:
+    """Each plays half of the tasks through a server of its own; all trajectories end in one batch.
+
+    The sampler's batches are halved, which moves log-probabilities by rounding, and with them the importance weights.
+    Adam divides a gradient by its own size: where it is little but rounding, an element moves by up to the learning
+    rate a step, either way.
+    """
+    few = ("steps=2", "mesh.fsdp=2", "checkpoint.every_steps=2", "log_trajectories=4")
+    flags = {"XLA_FLAGS": "--xla_force_host_platform_device_count=2"}
+    single = type(jorch)(jorch.world, jorch.environment | flags, jorch.children)
+    one = single.run("rl", "rl.yaml", "out=one", *few)
+    assert (one.returncode, one.stderr) == (0, "")
+    two = jorch.run("launch", "rl.yaml", *few, "--local", "2")
+    assert (two.returncode, two.stderr) == (0, "")
+    assert two.stdout.count("model: rl/model") == 1  # one writer
+    assert sorted(p.name for p in (jorch.world / "rl" / "processes").iterdir()) == ["0", "1"]
+    rows = [read_jsonl(jorch.world / folder / "trajectories.jsonl") for folder in ("rl", "one")]
+    played = [
+        [(r["step"], r["task_id"], r["reward"], [turn["token_ids"] for turn in r["turns"]]) for r in found]
+        for found in rows
+    ]
+    assert len(played[0]) == 2 * 4 * 4
+    assert played[0] == played[1]
+    for ours, theirs in zip(timeless(jorch.world / "rl"), timeless(jorch.world / "one"), strict=True):
+        assert ours == pytest.approx(theirs, rel=1e-4, abs=1e-5)
+    weights = [load_file(jorch.world / folder / "model" / "model.safetensors") for folder in ("rl", "one")]
+    differences = np.concatenate([np.abs(x - weights[1][name]).ravel() for name, x in weights[0].items()])
+    assert differences.max() <= 2 * 2 * 1e-3
+    assert np.mean(differences > 1e-5) < 1e-3
+    assert jorch.stray() == []
 
 
 def test_a_mistake_is_one_line_with_the_rank(jorch: Any) -> None:

@@ -33,5 +33,7 @@ def test_reinforcement_learning_of_an_adapter(jorch: Any, world: Path) -> None:
 
 
 def test_mistakes(main: Callable[..., str]) -> None:
+    line = main(2, "rl", "rl.yaml", "mesh.context=3")
+    assert "mesh.context=3 cannot split batch.row_tokens=128: it must be a multiple of 24, best of 768" in line
     assert "optimizer.kind=muon is for whole matrices" in main(2, "rl", "rl.yaml", "lora={}", "optimizer.kind=muon")
     assert "lora.targets" in main(2, "rl", "rl.yaml", "lora.targets=[query]")
