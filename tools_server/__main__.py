@@ -32,6 +32,7 @@ COMMANDS = {
     "index": ("tools_server.index", "build the index of a search tool"),
     "bench": ("tools_server.bench", "measure the server on this machine"),
     "conformance": ("tools_server.conformance", "play a benchmark's gold calls over HTTP"),
+    "baselines": ("tools_server.baselines", "what agents score that do not try"),
     "rescore": ("tools_server.rescore", "compute the records of stored traces again"),
     "import-prices": ("tools_server.prices", "price table from litellm's public JSON"),
 }

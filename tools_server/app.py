@@ -15,7 +15,9 @@ from tools_server.errors import BadRequest, errors_as_json
 from tools_server.keys import CAPABILITIES, CONFIG, SESSIONS, opened_json, reply, settle
 from tools_server.mcp_facade import McpFacade
 from tools_server.metrics import CONTENT_TYPE
-from tools_server.requests import read_items, to_records
+from tools_server.requests import read_items, read_object, to_records
+from tools_server.sandbox.remote import PATH as PROGRAMS_PATH
+from tools_server.sandbox.remote import REQUEST_FIELDS, serve_program
 from tools_server.sessions import Sessions
 from tools_server.tool import hermes_text
 from tools_server.wire import API_VERSION, Call, ForkSession, OpenSession, to_json
@@ -39,6 +41,7 @@ def make_app(config: ServerConfig) -> web.Application:
             web.post("/v1/forks", fork_sessions),
             web.post("/v1/finish", finish_sessions),
             *session_routes.ROUTES,
+            web.post(PROGRAMS_PATH, run_program),
             web.get("/v1/experts", list_experts),
             web.get("/v1/tools", list_tools),
             web.get("/v1/openapi.json", describe_api),
@@ -88,6 +91,13 @@ async def finish_sessions(request: web.Request) -> web.Response:
         allow_session(request, name)
     records = await settle(request, [request.app[SESSIONS].finish(name) for name in names])
     return reply({"records": [to_json(record) for record in records]})
+
+
+async def run_program(request: web.Request) -> web.Response:
+    """For another server's tool of kind `remote_python`."""
+    allow_server_only(request)
+    payload = await read_object(request, *REQUEST_FIELDS)
+    return reply(await serve_program(payload, request.app[SESSIONS].toolbox.runners()))
 
 
 async def list_experts(request: web.Request) -> web.Response:

@@ -155,11 +155,12 @@ def _longest_script() -> tuple[str, list[Any]]:
 
 def hash_times(count: int) -> dict[str, float]:
     """The hash of the airline database after a row was changed, beside the hash of all of it."""
-    from tools_server.envs import tau2
+    from tools_server.envs import overlay as overlays
+    from tools_server.envs import tau2_domain
 
-    base = tau2.load_domain("airline").base
+    base = tau2_domain.load_domain("airline").base
     assert base is not None
-    overlay = tau2.Overlay(base)
+    overlay = overlays.Overlay(base)
     users, seconds = list(base.tables["users"]), []
     for number in range(count):
         overlay.tables["users"][users[number % len(users)]].email = f"{number}@example.com"

@@ -42,11 +42,28 @@ class ConstantConfig(ToolSection):
     )
 
 
+class EmbeddingsConfig(Section):
+    """A model behind an OpenAI-compatible `/embeddings` endpoint."""
+
+    url: str = Field(description="up to the version, e.g. http://127.0.0.1:8000/v1")
+    model: str
+    key_variable: str | None = Field(None, description="environment variable with the endpoint's key")
+    query_prefix: str = Field("", description="what the model wants before a query")
+    passage_prefix: str = Field("", description="what the model wants before a passage")
+    timeout_s: PositiveFloat = Field(30.0, description="of one attempt")
+    retries: int = Field(3, ge=0)
+
+
 class SearchConfig(ToolSection):
-    """Full-text search in an index that `python -m tools_server index` wrote."""
+    """Search in an index that `python -m tools_server index` wrote: by words, and with `embeddings` by meaning too."""
 
     kind: Literal["search"]
     index: Path
+    lexical: Literal["fts5", "bm25s"] = Field("fts5", description="engine for words; bm25s needs the extra `search`")
+    embeddings: EmbeddingsConfig | None = Field(
+        None, description="the model whose vectors the index holds; both rankings are fused by reciprocal rank"
+    )
+    fusion_depth: PositiveInt = Field(50, description="passages of each ranking that are fused")
     num_results: PositiveInt = 5
     max_characters: PositiveInt = Field(1200, description="of each passage that is shown")
 
@@ -62,6 +79,19 @@ class WebSearchConfig(ToolSection):
     retries: int = Field(3, ge=0)
 
 
+class OpenSearchConfig(ToolSection):
+    """Search in an index of an OpenSearch cluster, which `python -m tools_server index --opensearch` can fill."""
+
+    kind: Literal["opensearch"]
+    url: str
+    index: str = Field(pattern="^[a-z0-9][a-z0-9._-]*$")
+    key_variable: str | None = Field(None, description="environment variable with the key, or USER:PASSWORD for Basic")
+    key_scheme: Literal["Basic", "Bearer", "ApiKey"] = "Basic"
+    num_results: PositiveInt = 5
+    max_characters: PositiveInt = Field(1200, description="of each passage that is shown")
+    retries: int = Field(3, ge=0)
+
+
 class PythonConfig(ToolSection):
     """Runs programs in a bubblewrap sandbox without network."""
 
@@ -71,12 +101,31 @@ class PythonConfig(ToolSection):
     sandboxes: PositiveInt = Field(4, description="kept ready; as many programs run at once")
     python: str = Field("/usr/bin/python3", description="interpreter, seen inside at the same path")
     read_only: tuple[str, ...] = Field((), description="folders beside /usr that programs may read")
-    memory_bytes: PositiveInt = Field(512 * 1024**2, description="of each process")
+    memory_bytes: PositiveInt = Field(
+        512 * 1024**2, description="of each process; with cgroups, of all together (a quarter for files on top)"
+    )
     cpu_s: PositiveInt = Field(15, description="of each process")
     max_processes: PositiveInt = Field(32, description="processes and threads together")
     file_bytes: PositiveInt = Field(16 * 1024**2, description="of each file")
     output_bytes: PositiveInt = Field(64 * 1024, description="of stdout, and of stderr")
+    cgroups: Literal["auto", "require", "off"] = Field(
+        "auto", description="limits on all processes of a program together; auto: where this machine allows it"
+    )
     run_model_code_without_a_sandbox: bool = Field(False, description="true: programs may do what this server may")
+
+
+class RemotePythonConfig(ToolSection):
+    """Runs programs in the sandboxes of another tool server, whose tool's limits hold."""
+
+    kind: Literal["remote_python"]
+    timeout_s: PositiveFloat = Field(20.0, description="wall time of a program; the other tool's, if that is less")
+    usd_per_second: float = Field(0.0, ge=0, description="of a program's wall time")
+    url: str = Field(description="of the other server, e.g. http://10.0.0.7:8900")
+    tool: str = Field("python", description="name of the other server's tool of kind python")
+    key_variable: str | None = Field(None, description="environment variable with the other server's token")
+    concurrency: PositiveInt = Field(16, description="programs at once")
+    max_answer_bytes: PositiveInt = Field(4 * 1024**2, description="of one run's answer")
+    retries: int = Field(3, ge=0, description="after failures of the network or of the other server")
 
 
 class ChatConfig(ToolSection):
@@ -89,11 +138,15 @@ class ChatConfig(ToolSection):
     key_variable: str | None = Field(None, description="environment variable with the endpoint's key")
     system: str | None = Field(None, description="system message")
     temperature: float | None = Field(None, ge=0)
+    top_p: float | None = Field(None, gt=0, le=1)
+    extra: dict[str, Any] = Field({}, description="further fields of the request, e.g. {reasoning_effort: low}")
     max_output_tokens: PositiveInt = 4096
     max_prompt_characters: PositiveInt = Field(200_000, description="longer prompts keep their beginning and end")
     max_answer_bytes: PositiveInt = Field(4 * 1024**2, description="of the endpoint's response")
     concurrency: PositiveInt = Field(16, description="requests at once")
     requests_per_minute: PositiveFloat | None = None
+    tools: tuple[str, ...] = Field((), description="tools of this server that the model may call before it answers")
+    max_turns: PositiveInt = Field(8, description="of a model that may call tools")
     retries: int = Field(3, ge=0, description="after the first attempt, at failures that may pass")
     backoff_s: PositiveFloat = Field(1.0, description="before the first retry, then doubled, with jitter")
     breaker_failures: PositiveInt = Field(5, description="in a row, after which the endpoint is left alone")
@@ -126,16 +179,35 @@ class McpConfig(ToolSection):
         return self
 
 
+class SimulatedConfig(ToolSection):
+    """An entry of `experts` as a tool: its declared skill, price and, unless `latency_s` is set, latency."""
+
+    kind: Literal["simulated"]
+    expert: str = Field(description="name in the server's `experts`")
+
+
 ToolConfig = Annotated[
-    ConstantConfig | SearchConfig | WebSearchConfig | PythonConfig | ChatConfig | McpConfig, Field(discriminator="kind")
+    ConstantConfig
+    | SearchConfig
+    | WebSearchConfig
+    | OpenSearchConfig
+    | PythonConfig
+    | RemotePythonConfig
+    | ChatConfig
+    | McpConfig
+    | SimulatedConfig,
+    Field(discriminator="kind"),
 ]
 TOOL_KINDS: dict[str, type[ToolSection]] = {
     "constant": ConstantConfig,
     "search": SearchConfig,
     "web_search": WebSearchConfig,
+    "opensearch": OpenSearchConfig,
     "python": PythonConfig,
+    "remote_python": RemotePythonConfig,
     "chat": ChatConfig,
     "mcp": McpConfig,
+    "simulated": SimulatedConfig,
 }
 
 
@@ -159,6 +231,27 @@ class ExpertProfile(Section):
     reliability: float = Field(1.0, ge=0, le=1, description="share of tasks on which it does not fail by chance")
 
 
+class Tau2Config(Section):
+    """Who stands on the other side in tau2's and ToolScale's tasks, where a session does not say."""
+
+    user: Literal["silent", "gold", "llm"] = Field("silent", description="silent and gold are scripts")
+    user_model: str | None = Field(None, description="chat tool that plays the user llm")
+    judge: str | None = Field(None, description="chat tool that judges NL_ASSERTION; None = that part is left out")
+
+    @model_validator(mode="after")
+    def _has_its_model(self) -> "Tau2Config":
+        if self.user == "llm" and self.user_model is None:
+            raise ValueError("user: llm needs user_model, the name of a chat tool")
+        return self
+
+
+class ToolScaleConfig(Section):
+    """A user's own copy of ToolScale's domains; a folder a domain in each."""
+
+    data: Path = Field(description="folder of DOMAIN/db.json and policy.md")
+    code: Path = Field(description="folder of DOMAIN/data_model.py and tools.py; it runs in this server")
+
+
 class ServerConfig(Section):
     """Everything about a server but its token."""
 
@@ -166,6 +259,10 @@ class ServerConfig(Section):
     port: int = Field(8900, ge=0, le=65535, description="0 = a free one")
     experts: dict[str, ExpertProfile] = Field({}, description="catalogue of experts by name")
     tools: dict[str, ToolConfig] = Field({}, description="tools of the environment `tools`, by name")
+    tau2: Tau2Config = Field(
+        default_factory=lambda: Tau2Config.model_validate({}), description="user and judge of tau2's tasks"
+    )
+    toolscale: ToolScaleConfig | None = Field(None, description="copy of ToolScale's domains; None = none")
     prices: Path | None = Field(None, description="YAML table of dated model prices")
     price_date: date | None = Field(None, description="prices in force on this day are charged; needed with `prices`")
     recording: RecordingConfig | None = Field(None, description="recordings of tool calls; None = none")
@@ -190,6 +287,17 @@ class ServerConfig(Section):
     def _dates_its_prices(self) -> "ServerConfig":
         if (self.prices is None) != (self.price_date is None):
             raise ValueError("set prices and price_date together")
+        return self
+
+    @model_validator(mode="after")
+    def _declares_its_experts(self) -> "ServerConfig":
+        for name, tool in self.tools.items():
+            if isinstance(tool, SimulatedConfig) and tool.expert not in self.experts:
+                known = ", ".join(self.experts) or "none"
+                raise ValueError(f"tools.{name}.expert: {tool.expert!r} is not among `experts`, which has {known}")
+        for name in (self.tau2.user_model, self.tau2.judge):
+            if name is not None and not isinstance(self.tools.get(name), ChatConfig):
+                raise ValueError(f"tau2: {name!r} is no tool of kind chat in `tools`")
         return self
 
 
@@ -236,7 +344,11 @@ def _model_of(location: list[str]) -> type[Section]:
     """The model that an error's location lies in."""
     if len(location) == 1:
         return ServerConfig
-    return TOOL_KINDS.get(location[2], ToolSection) if location[0] == "tools" and len(location) > 2 else ExpertProfile
+    if location[0] == "tools" and len(location) > 2:
+        return TOOL_KINDS.get(location[2], ToolSection)
+    return {"recording": RecordingConfig, "toolscale": ToolScaleConfig, "tau2": Tau2Config}.get(
+        location[0], ExpertProfile
+    )
 
 
 def _explain(error: Any) -> str:

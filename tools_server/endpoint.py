@@ -5,6 +5,7 @@ attempts) is waiting, so that a busy provider is not mistaken for a slow model.
 """
 
 import asyncio
+import base64
 import json
 import os
 import random
@@ -83,26 +84,39 @@ class Breaker:
             self._closed_until_s = time.monotonic() + self._pause_s
 
 
+def authorization(url: str, key_variable: str | None, scheme: str = "Bearer") -> dict[str, str]:
+    """The header that carries the key, if any. Raises ValueError where the variable is not set.
+
+    `scheme` "Basic": the variable holds USER:PASSWORD.
+    """
+    if key_variable is None:
+        return {}
+    key = os.environ.get(key_variable)
+    if not key:
+        raise ValueError(f"{url} needs a key: set the environment variable {key_variable}")
+    if scheme == "Basic":
+        key = base64.b64encode(key.encode()).decode()
+    return {"Authorization": f"{scheme} {key}"}
+
+
 class Endpoint:
     """One service. Use between `start` and `close`."""
 
-    def __init__(self, url: str, limits: EndpointLimits, key_variable: str | None = None) -> None:
-        """`key_variable` names the environment variable with the bearer key: no config holds a key."""
+    def __init__(
+        self, url: str, limits: EndpointLimits, key_variable: str | None = None, scheme: str = "Bearer"
+    ) -> None:
+        """`key_variable` names the environment variable with the key: no config holds one."""
         self.url = url.rstrip("/")
         self._limits = limits
         self._key_variable = key_variable
+        self._scheme = scheme
         self._slots = asyncio.Semaphore(limits.concurrency)
         self._breaker = Breaker(limits.breaker_failures, limits.breaker_pause_s)
         self._next_start_s = 0.0
 
     async def start(self) -> None:
         """Raises ValueError where the key is missing."""
-        headers = {}
-        if self._key_variable is not None:
-            key = os.environ.get(self._key_variable)
-            if not key:
-                raise ValueError(f"{self.url} needs a key: set the environment variable {self._key_variable}")
-            headers["Authorization"] = f"Bearer {key}"
+        headers = authorization(self.url, self._key_variable, self._scheme)
         self._http = aiohttp.ClientSession(
             headers=headers,
             timeout=aiohttp.ClientTimeout(total=self._limits.timeout_s),

@@ -18,10 +18,15 @@ class Observation(NamedTuple):
     wait_s: float = 0.0
 
 
+class InfrastructureFailure(RuntimeError):
+    """What an environment needs does not answer, such as the model that plays its user: no verdict on the agent."""
+
+
 class Environment(Protocol):
     """One session's world. Methods are synchronous; the server runs those of a `blocking` class off its loop.
 
-    A user's bad set-up raises ValueError in the constructor; any other exception is an `env_error`.
+    A user's bad set-up raises ValueError in the constructor; InfrastructureFailure is an `infra_error`, any other
+    exception an `env_error`.
     """
 
     blocking: bool

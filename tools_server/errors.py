@@ -25,6 +25,12 @@ class UnknownSession(BadRequest):
     status = 404
 
 
+class UnknownTool(BadRequest):
+    """No such tool does that here."""
+
+    status = 404
+
+
 class Conflict(BadRequest):
     """What the session's calls so far do not allow."""
 

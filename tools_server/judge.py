@@ -4,6 +4,7 @@ import re
 from collections import OrderedDict
 from typing import Any
 
+from tools_server.metrics import Metrics
 from tools_server.sandbox.bubblewrap import SandboxFailure
 from tools_server.tool import CallContext
 from tools_server.toolbox import Toolbox
@@ -47,11 +48,10 @@ _CODE = re.compile(r"```(?:python)?\n(.*?)```", re.DOTALL)
 class Verifiers:
     """Verifies any answer with the tools of a server, and counts how often the judge and the rule agree."""
 
-    def __init__(self, toolbox: Toolbox) -> None:
+    def __init__(self, toolbox: Toolbox, metrics: Metrics) -> None:
         self._toolbox = toolbox
+        self._metrics = metrics
         self._judged: OrderedDict[str, Verdict] = OrderedDict()
-        self.num_agreed = 0
-        self.num_disagreed = 0
 
     def check(self, verifier: Any) -> None:
         """Raises ValueError where this server lacks the tool that `verifier` needs."""
@@ -105,8 +105,7 @@ class Verifiers:
             reason = f"by the rule: {output.content[:200] if output.error else 'the judge gave no verdict'}"
             return Verdict(rule, reason, seen, components={"rule": rule}, verifier=f"{label(verifier)}/rule")
         value = float(found[1] == "RIGHT")
-        self.num_agreed += value == rule
-        self.num_disagreed += value != rule
+        self._metrics.count_judged(value == rule)
         verdict = Verdict(
             value,
             output.content.strip()[-300:],

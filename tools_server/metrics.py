@@ -39,6 +39,12 @@ class Metrics:
         self._lag_s = Histogram(
             "tools_event_loop_lag_seconds", "How late the event loop is", buckets=SECONDS, registry=registry
         )
+        self._judged = Counter(
+            "tools_judge_verdicts",
+            "Verdicts of a model as judge, by whether the rule (exact match) says the same",
+            ["agrees"],
+            registry=registry,
+        )
         open_sessions = Gauge("tools_sessions_open", "Open sessions", registry=registry)
         open_sessions.set_function(num_sessions)
         calls = Gauge("tools_calls_under_way", "Calls that are waiting or at work", registry=registry)
@@ -56,6 +62,9 @@ class Metrics:
 
     def count_finished(self, environment: str, error: str | None) -> None:
         self._finished.labels(environment, error or "none").inc()
+
+    def count_judged(self, agrees: bool) -> None:
+        self._judged.labels("yes" if agrees else "no").inc()
 
     def count_refused(self, cap: str) -> None:
         self._refused.labels(cap).inc()

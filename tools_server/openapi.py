@@ -12,7 +12,7 @@ ERRORS = {
     400: "malformed",
     401: "no token, or not one of this server's",
     403: "a session's token that may not do this",
-    404: "the session is not open here",
+    404: "the session, or the tool that would run a program, is not here",
     405: "another method",
     409: "the session's calls do not allow this, e.g. another one had this call_id",
     413: "longer than max_request_bytes",
@@ -81,6 +81,8 @@ def _operations() -> list[Operation]:
     for schema in (call, fork, opening):
         del schema["properties"]["session_id"]
         schema["required"].remove("session_id")
+    seconds = {"type": "number", "exclusiveMinimum": 0}
+    program = _closed(tool={"type": "string"}, source={"type": "string"}, timeout_s=seconds)
     nothing, num_calls = _closed(), _closed(num_calls={"type": "integer", "minimum": -1})
     return [
         Operation(
@@ -118,6 +120,7 @@ def _operations() -> list[Operation]:
         Operation(
             "delete", one, "Forget the session; its calls are ended.", None, _closed(deleted={"type": "boolean"})
         ),
+        Operation("post", "/v1/programs", "Run a program in a sandbox of a tool's.", program, OBJECT),
         Operation("get", "/v1/experts", "Catalogue of simulated experts.", None, _closed(experts=OBJECT)),
         Operation("get", "/v1/tools", "OpenAI function schemas.", None, _list("tools", OBJECT, most=None)),
     ]

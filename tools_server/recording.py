@@ -56,7 +56,8 @@ class Recorder:
         """The recorded output, or that of `carry_out`, recorded; which one, the mode says."""
         if spec.side_effect == "write":
             return await carry_out()
-        key = recording_key(spec, arguments, context.seed)
+        world = "" if context.simulation is None else context.simulation.model_dump_json()
+        key = recording_key(spec, arguments, context.seed, world)
         known = None if self._mode == "record" else self._find(key)
         if known is not None:
             return known

@@ -7,6 +7,7 @@ from tools_server.environment import Environment
 ENVIRONMENTS: dict[str, str] = {
     "experts": "tools_server.envs.experts:ExpertsEnvironment",
     "tau2": "tools_server.envs.tau2:Tau2Environment",
+    "toolscale": "tools_server.envs.toolscale:ToolScaleEnvironment",
 }
 """Dotted path by kind. A class takes (setup, seed, config: ServerConfig)."""
 TOOLS = "tools"

@@ -2,22 +2,23 @@
 
 Sessions of the server's tools are settled from their recorded results; other environments, which are deterministic,
 play their calls again. A judge and unit tests are not asked again: their stored verdict stands where the digest of its
-inputs is still the same.
+inputs is still the same. What a model said as tau2's user is said again; assertions that a model judged are left out.
 """
 
 import argparse
 import asyncio
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from tools_server import registry
-from tools_server.config import ServerConfig, load_config
+from tools_server.config import ServerConfig, Tau2Config, load_config
 from tools_server.ledger import Ledger
 from tools_server.sessions import Sessions
 from tools_server.tool_session import ToolsSetup, settle
 from tools_server.trace import Trace, read_trace
 from tools_server.verifiers import PURE, Verdict, impure_digest, verify
-from tools_server.wire import SessionRecord
+from tools_server.wire import OpenSession, SessionRecord
 
 
 def main(argv: list[str]) -> int:
@@ -39,9 +40,8 @@ def main(argv: list[str]) -> int:
 async def rescore(path: Path, config: ServerConfig) -> tuple[int, list[str]]:
     """How many records are the same, and a line for each other one. Raises ValueError where the file is no traces."""
     num_equal, different = 0, []
-    sessions = Sessions(
-        config.model_copy(update={"time_scale": 0.0, "traces": None, "recording": None, "spans_url": None, "tools": {}})
-    )
+    outside = {"traces": None, "recording": None, "spans_url": None, "tools": {}, "tau2": Tau2Config.model_validate({})}
+    sessions = Sessions(config.model_copy(update={"time_scale": 0.0, **outside}))
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
     except OSError as error:
@@ -49,7 +49,7 @@ async def rescore(path: Path, config: ServerConfig) -> tuple[int, list[str]]:
     for number, line in enumerate(lines, start=1):
         trace = read_trace(line, f"{path}:{number}")
         try:
-            record = await record_of(trace, sessions)
+            record = await record_of(trace, sessions, config.tau2.user)
         except ValueError as error:
             raise ValueError(f"{path}:{number}: {error}") from None
         if record == trace.record:
@@ -60,8 +60,11 @@ async def rescore(path: Path, config: ServerConfig) -> tuple[int, list[str]]:
     return num_equal, different
 
 
-async def record_of(trace: Trace, sessions: Sessions) -> SessionRecord:
-    """The record of `trace`, from its session and calls alone. Raises ValueError where it cannot be had."""
+async def record_of(trace: Trace, sessions: Sessions, default_user: str = "silent") -> SessionRecord:
+    """The record of `trace`, from its session and calls alone. Raises ValueError where it cannot be had.
+
+    `default_user`: of tau2's tasks that name none.
+    """
     if trace.session.environment == registry.TOOLS:
         setup = ToolsSetup.model_validate(trace.session.setup)
 
@@ -80,7 +83,7 @@ async def record_of(trace: Trace, sessions: Sessions) -> SessionRecord:
             bill.charge(result)
         name = trace.session.session_id
         return SessionRecord(name, 0.0, bill.cost_usd, bill.latency_s, bill.tool_counts, "infra_error")
-    opened = await _answer(sessions.open(trace.session))
+    opened = await _answer(sessions.open(_without_models(trace, default_user)))
     if opened.error is not None:
         raise ValueError(f"the session cannot be opened: {opened.error}")
     for call, result in trace.calls:
@@ -90,6 +93,17 @@ async def record_of(trace: Trace, sessions: Sessions) -> SessionRecord:
         if again != result:
             raise ValueError(f"call {call.call_id} is answered otherwise: {_difference(result, again)}")
     return await _answer(sessions.finish(trace.session.session_id))
+
+
+def _without_models(trace: Trace, default_user: str) -> OpenSession:
+    """The session, its user a recording of what a model said. Raises ValueError where that is not enough."""
+    session = trace.session
+    if session.environment not in ("tau2", "toolscale") or session.setup.get("user", default_user) != "llm":
+        return session
+    if session.environment == "tau2" and session.setup.get("domain") == "telecom":
+        raise ValueError("its user was a model that acted with tools of its own, of which the trace holds nothing")
+    replies = [result.content for call, result in trace.calls if not call.name and result.error is None]
+    return replace(session, setup=session.setup | {"user": "recorded", "replies": ["(the first message)", *replies]})
 
 
 async def _answer(answer: Any) -> Any:

@@ -15,7 +15,7 @@ from tools_server import registry
 from tools_server.arguments import Check, compile_checks
 from tools_server.config import ServerConfig
 from tools_server.deadlines import Deadlines
-from tools_server.environment import Branching, Environment, Observation
+from tools_server.environment import Branching, Environment, InfrastructureFailure, Observation
 from tools_server.errors import Conflict, log, name_and_line, one_line
 from tools_server.ledger import Ledger
 from tools_server.wire import Call, CallResult, OpenSession, SessionOpened, SessionRecord
@@ -137,7 +137,7 @@ class Session:
                 self._start, self._marks = source._start, dict(source._marks)
                 self._adopt(source.history()[:num_calls])
             self._checks = compile_checks(environment.tools) if environment.tools else {}
-        except ValueError as error:
+        except (ValueError, InfrastructureFailure) as error:
             return SessionOpened(self.wanted.session_id, error=one_line(error))
         except Exception as error:
             log.exception("session %s: its environment cannot be built", self.wanted.session_id)
@@ -191,6 +191,8 @@ class Session:
             return refusal
         try:
             return environment.call(call.name, call.arguments)
+        except InfrastructureFailure as failure:
+            return Observation(call.name, one_line(failure), error="infra_error", ended=True)
         except Exception as error:
             log.exception("session %s: its environment failed on %s", call.session_id, call.name)
             content = f"the environment failed: {type(error).__name__}"
@@ -222,6 +224,9 @@ class Session:
         if self._error is None and self._environment is not None:
             try:
                 outcome = float(self._environment.outcome())
+            except InfrastructureFailure as failure:
+                log.warning("session %s: %s", self.wanted.session_id, one_line(failure))
+                self._error = "infra_error"
             except Exception:
                 log.exception("session %s: its environment failed to judge", self.wanted.session_id)
                 self._error = "env_error"

@@ -49,7 +49,7 @@ class Sessions:
         self.toolbox = Toolbox(config, self.metrics, self.spans)
         self._traces = TraceFile(config.traces) if config.traces is not None else None
         self.draining = False
-        self.verifiers = Verifiers(self.toolbox)
+        self.verifiers = Verifiers(self.toolbox, self.metrics)
         self._executor = ThreadPoolExecutor(config.worker_threads, thread_name_prefix="environment")
         self._sessions: dict[str, Session | ToolSession] = {}
         self._records: OrderedDict[str, tuple[float, SessionRecord]] = OrderedDict()

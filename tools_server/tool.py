@@ -8,6 +8,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
+from tools_server.config import Section
+
 SideEffect = Literal["pure", "read", "write"]
 """pure: depends on its arguments only; read: on the world too; write: changes the world."""
 
@@ -92,6 +94,10 @@ class ToolOutput:
     """Measured: the tool's own work, without queue and retries."""
     wait_s: float = 0.0
     """Measured: queue, back-off and failed attempts."""
+    inner_usd: float = 0.0
+    """What its own calls of other tools cost."""
+    inner_s: float = 0.0
+    """The billed seconds of those calls."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,6 +108,8 @@ class CallContext:
     seed: int
     depth: int = 0
     """How many orchestrators stand above this one."""
+    simulation: Section | None = None
+    """What simulated experts know of the task (a `tools.simulated.Simulation`)."""
 
 
 class Tool(Protocol):
@@ -128,7 +136,7 @@ def hermes_text(specs: Sequence[ToolSpec]) -> str:
 
 def billed_s(spec: ToolSpec, output: ToolOutput) -> float:
     """The latency that counts for the reward: the declared one, so that load is no reward noise."""
-    return output.work_s if spec.latency_s is None else spec.latency_s
+    return output.work_s + output.inner_s if spec.latency_s is None else spec.latency_s
 
 
 def object_schema(properties: Mapping[str, Any], required: Sequence[str]) -> dict[str, Any]:

@@ -20,6 +20,7 @@ from tools_server.judge import Verifiers
 from tools_server.ledger import Ledger
 from tools_server.tool import CallContext, Price, billed_s
 from tools_server.toolbox import Toolbox
+from tools_server.tools.simulated import Simulation, check_simulation
 from tools_server.verifiers import Verdict, Verifier
 from tools_server.wire import Call, CallResult, OpenSession, SessionOpened, SessionRecord
 
@@ -70,6 +71,7 @@ class ToolsSetup(Section):
     budget: Budget = Field(default_factory=lambda: Budget.model_validate({}))
     verifier: Verifier | None = Field(None, description="None: any final answer counts as right")
     depth: int = Field(0, ge=0, description="orchestrators above this one")
+    simulation: Simulation | None = Field(None, description="what simulated experts know of the task")
 
 
 class ToolSession:
@@ -182,6 +184,7 @@ class ToolSession:
                         f"setup: unknown tool {tool!r}; this server has {', '.join(self._toolbox.tools) or 'none'}"
                     )
             self._verifiers.check(setup.verifier)
+            check_simulation(setup.simulation, (self._toolbox.tools[tool] for tool in self._names))
         except ValidationError as error:
             first = error.errors()[0]
             return SessionOpened(name, error=f"setup.{'.'.join(map(str, first['loc']))}: {first['msg']}")
@@ -250,13 +253,13 @@ class ToolSession:
         if not call.name:
             return Observation("", "answered", ended=True)
         self._num_calls += 1
-        context = CallContext(call.session_id, self.wanted.seed, self._setup.depth)
+        context = CallContext(call.session_id, self.wanted.seed, self._setup.depth, self._setup.simulation)
         output = await self._toolbox.call(call.name, call.arguments, context)
         spec = self._toolbox.tools[call.name].spec
         return Observation(
             call.name,
             output.content,
-            self._prices[call.name].cost_usd(output.usage),
+            self._prices[call.name].cost_usd(output.usage) + output.inner_usd,
             billed_s(spec, output),
             output.error,
             ended=output.error == "infra_error",

@@ -10,22 +10,29 @@ from tools_server.config import (
     ChatConfig,
     ConstantConfig,
     McpConfig,
+    OpenSearchConfig,
     PythonConfig,
+    RemotePythonConfig,
     SearchConfig,
     ServerConfig,
+    SimulatedConfig,
     WebSearchConfig,
 )
 from tools_server.errors import log
 from tools_server.metrics import Metrics
 from tools_server.prices import load_prices, price_of
 from tools_server.recording import Recorder
+from tools_server.retrieval.opensearch import OpenSearchRetriever
+from tools_server.sandbox.remote import RemoteRunner, Runner
 from tools_server.spans import Spans
 from tools_server.tool import CallContext, Tool, ToolOutput
 from tools_server.tools.chat import ChatTool
 from tools_server.tools.constant import ConstantTool
 from tools_server.tools.mcp import McpServer
+from tools_server.tools.orchestrator import OrchestratorTool
 from tools_server.tools.python import PythonTool
-from tools_server.tools.search import SearchTool, WebSearchTool
+from tools_server.tools.search import SearchTool, WebSearchTool, retriever_of
+from tools_server.tools.simulated import SimulatedTool
 
 
 class Source(Protocol):
@@ -56,15 +63,21 @@ class Toolbox:
                 case ConstantConfig():
                     self._sources.append(ConstantTool(name, entry))
                 case SearchConfig():
-                    self._sources.append(SearchTool(name, entry))
+                    self._sources.append(SearchTool(name, entry, retriever_of(entry)))
+                case OpenSearchConfig():
+                    self._sources.append(SearchTool(name, entry, OpenSearchRetriever(entry)))
                 case WebSearchConfig():
                     self._sources.append(WebSearchTool(name, entry))
-                case PythonConfig():
+                case PythonConfig() | RemotePythonConfig():
                     self._sources.append(PythonTool(name, entry))
                 case ChatConfig():
-                    self._sources.append(ChatTool(name, entry, price_of(name, entry, config, table)))
+                    kind = OrchestratorTool if entry.tools else ChatTool
+                    self._sources.append(kind(name, entry, price_of(name, entry, config, table)))
                 case McpConfig():
                     self._sources.append(McpServer(name, entry))
+                case SimulatedConfig():
+                    profile = config.experts[entry.expert]
+                    self._sources.append(SimulatedTool(name, entry, profile, config.seed, config.time_scale))
 
     async def start(self) -> None:
         """Raises ValueError where a tool cannot start or two have one name; what had started is closed again."""
@@ -77,6 +90,9 @@ class Toolbox:
                         raise ValueError(f"two tools are called {tool.spec.name!r}: choose other names")
                     self.tools[tool.spec.name] = tool
             self.checks = compile_checks([tool.spec.openai for tool in self.tools.values()])
+            for tool in self.tools.values():
+                if isinstance(tool, OrchestratorTool):
+                    tool.bind(self)
         except BaseException:
             await self.close()
             raise
@@ -91,7 +107,7 @@ class Toolbox:
                 faults.append(str(error))
                 continue
             self._started.append(source)
-            if isinstance(source, ChatTool) and (fault := await source.fault()):
+            if isinstance(source, ChatTool | SearchTool | PythonTool) and (fault := await source.fault()):
                 faults.append(f"tools.{source.spec.name}: {fault}")
         await self.close()
         return faults
@@ -101,6 +117,14 @@ class Toolbox:
         self._started.clear()
         if self.recorder is not None:
             self.recorder.close()
+
+    def runners(self) -> dict[str, tuple[Runner, float]]:
+        """What runs programs here, by tool, with the longest time of a program; other servers' are not passed on."""
+        return {
+            name: (tool.pool, tool.spec.timeout_s)
+            for name, tool in self.tools.items()
+            if isinstance(tool, PythonTool) and not isinstance(tool.pool, RemoteRunner)
+        }
 
     async def call(self, name: str, arguments: dict[str, Any], context: CallContext) -> ToolOutput:
         """One call whose arguments fit the schema. A bug of a tool's is an `infra_error`, never the model's fault."""

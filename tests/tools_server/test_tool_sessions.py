@@ -6,13 +6,10 @@ import json
 import shutil
 import sys
 
-import aiohttp
 import pytest
-from aiohttp import web
 from fake_endpoint import completion, endpoint
+from server_client import run, serving
 
-from tools_server.app import make_app
-from tools_server.config import ServerConfig
 from tools_server.index import build_index
 
 needs_bwrap = pytest.mark.skipif(shutil.which("bwrap") is None, reason="needs bubblewrap (Debian package bubblewrap)")
@@ -85,55 +82,6 @@ def search(tmp_path):
         (folder / name).write_text(text)
     build_index(folder, tmp_path / "index.sqlite")
     return {"kind": "search", "index": str(tmp_path / "index.sqlite"), "usd_per_call": 0.01, "latency_s": 0.5}
-
-
-class Server:
-    def __init__(self, url, http):
-        self.url, self.http = url, http
-
-    async def post(self, path, payload):
-        async with self.http.post(self.url + path, json=payload) as response:
-            answer = await response.json()
-            assert response.status == 200, answer
-            return answer
-
-    async def open(self, session_id="s", **setup):
-        session = {"session_id": session_id, "environment": "tools", "setup": setup, "seed": 3}
-        return (await self.post("/v1/sessions", {"sessions": [session]}))["sessions"][0]
-
-    async def calls(self, *calls, session_id="s"):
-        items = [
-            {"session_id": session_id, "call_id": call_id, "name": name, "arguments": arguments}
-            for call_id, name, arguments in calls
-        ]
-        return (await self.post("/v1/calls", {"calls": items}))["results"]
-
-    async def call(self, call_id, name, **arguments):
-        return (await self.calls((call_id, name, arguments)))[0]
-
-    async def finish(self, session_id="s"):
-        return (await self.post("/v1/finish", {"session_ids": [session_id]}))["records"][0]
-
-
-@contextlib.asynccontextmanager
-async def serving(tools, **options):
-    config = ServerConfig.model_validate({"tools": tools, **options})
-    runner = web.AppRunner(make_app(config), access_log=None)
-    try:
-        await runner.setup()
-        await web.TCPSite(runner, "127.0.0.1", 0).start()
-        async with aiohttp.ClientSession() as http:
-            yield Server(f"http://127.0.0.1:{runner.addresses[0][1]}", http)
-    finally:
-        await runner.cleanup()
-
-
-def run(scenario, tools, **options):
-    async def main():
-        async with serving(tools, **options) as server:
-            return await scenario(server)
-
-    return asyncio.run(main())
 
 
 @needs_bwrap
@@ -290,9 +238,14 @@ def test_unit_tests_and_a_judge_as_verifiers():
                     await outcome("4", "It is Lima", asked),
                     await outcome("5", "It is Lima", asked),
                 ]
-                return outcomes, len(fake.requests)
+                async with server.http.get(server.url + "/metrics") as response:
+                    counted = await response.text()
+                return outcomes, len(fake.requests), counted
 
-    outcomes, num_requests = asyncio.run(main())
+    outcomes, num_requests, counted = asyncio.run(main())
+    # Of the judge's two verdicts the rule (exact match) shares one.
+    assert 'tools_judge_verdicts_total{agrees="yes"} 1.0' in counted
+    assert 'tools_judge_verdicts_total{agrees="no"} 1.0' in counted
     assert [value for value, _ in outcomes] == [1.0, 0.0, 0.0, 1.0, 0.0, 0.0]
     assert outcomes[3][1] == {"judge": 1.0, "rule": 0.0}
     assert num_requests == 2  # the last verdict was known

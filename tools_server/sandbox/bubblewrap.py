@@ -13,6 +13,8 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+from tools_server.errors import log
+from tools_server.sandbox.cgroup import Cgroup
 from tools_server.sandbox.seccomp import filter_program
 
 WORKER = Path(__file__).with_name("worker.py").read_text(encoding="utf-8")
@@ -30,7 +32,8 @@ class Limits:
     """Of one program's run."""
 
     memory_bytes: int
-    """Address space of each process; a file system in memory of a quarter of it comes on top."""
+    """Address space of each process; a file system in memory of a quarter of it comes on top. With cgroups, this and
+    that quarter also are what all processes may use together."""
     cpu_s: int
     """Of each process."""
     max_processes: int
@@ -51,6 +54,8 @@ class Run:
     cut: bool
     """It was ended because it wrote too much."""
     work_s: float
+    out_of_memory: bool = False
+    """A process of it was ended because all of them together used too much memory (needs cgroups)."""
 
 
 def command(python: str, read_only: tuple[str, ...], tmp_bytes: int, seccomp_fd: int) -> list[str]:
@@ -74,6 +79,7 @@ class Sandbox:
 
     def __init__(self, process: asyncio.subprocess.Process, slot: int, limits: Limits) -> None:
         self.slot = slot
+        self._cgroup: Cgroup | None = None
         self._process = process
         self._limits = limits
 
@@ -132,12 +138,20 @@ class Sandbox:
     def alive(self) -> bool:
         return self._process.returncode is None
 
+    def join(self, cgroup: Cgroup) -> None:
+        """Put the sandbox, which waits for its program, into a group, which goes with it. Raises SandboxFailure."""
+        self._cgroup = cgroup
+        try:
+            cgroup.take(self._process.pid)
+        except OSError as error:
+            raise SandboxFailure(f"{error.filename}: {error.strerror}") from None
+
     async def run(self, source: str, timeout_s: float) -> Run:
         """Execute `source`. The sandbox is spent afterwards. Raises SandboxFailure where something else killed it."""
         process = self._process
         assert process.stdin is not None
         began_s = time.monotonic()
-        timed_out = False
+        timed_out = out_of_memory = False
         reading = asyncio.gather(self._read(process.stdout), self._read(process.stderr))
         try:
             async with asyncio.timeout(timeout_s):
@@ -150,13 +164,14 @@ class Sandbox:
         except TimeoutError:
             timed_out = True
         finally:
+            work_s = time.monotonic() - began_s
+            out_of_memory = self._cgroup is not None and self._cgroup.ran_out_of_memory()
             await self.close()
-        work_s = time.monotonic() - began_s
         (stdout, stdout_cut), (stderr, stderr_cut) = await reading
         status, cut = process.returncode or 0, stdout_cut or stderr_cut
         if status < 0 and not (timed_out or cut):
             raise SandboxFailure(f"a sandbox was killed from outside (signal {-status})")
-        return Run(status if status >= 0 else 128 - status, stdout, stderr, timed_out, cut, work_s)
+        return Run(status if status >= 0 else 128 - status, stdout, stderr, timed_out, cut, work_s, out_of_memory)
 
     async def close(self) -> None:
         """End it and all that runs in it: its processes die with the first one of their namespace.
@@ -168,6 +183,16 @@ class Sandbox:
         assert self._process.stdin is not None
         self._process.stdin.close()
         await self._process.wait()
+        if self._cgroup is not None:
+            await self._leave(self._cgroup)
+
+    async def _leave(self, cgroup: Cgroup) -> None:
+        """The processes of the namespace die a moment after the one that was waited for."""
+        for _ in range(200):
+            if cgroup.remove():
+                return
+            await asyncio.sleep(0.005)
+        log.warning("cgroup %s still holds a process; the next start removes it", cgroup.folders[0])
 
     def _kill(self) -> None:
         with contextlib.suppress(ProcessLookupError):

@@ -1,13 +1,15 @@
 """The tool kind *chat*: a model behind an OpenAI-compatible endpoint, asked with one prompt. Experts are of this kind.
 
-An expert may itself be an orchestrator whose server calls back into this one: every request says in a header how many
-orchestrators stand above it, and `MAX_DEPTH` ends the recursion.
+An expert may itself be an orchestrator: with `tools`, on this server (`orchestrator.py`); or behind an endpoint that
+calls back into this one, to which every request says in a header how many orchestrators stand above it. `MAX_DEPTH`
+ends the recursion.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 from tools_server.config import ChatConfig
-from tools_server.endpoint import Endpoint, EndpointFailure, EndpointLimits, RequestRefused
+from tools_server.endpoint import Endpoint, EndpointFailure, EndpointLimits, Exchange, RequestRefused
 from tools_server.tool import CallContext, Price, ToolOutput, ToolSpec, Usage, object_schema
 
 DEPTH_HEADER = "X-Jorch-Depth"
@@ -66,18 +68,44 @@ class ChatTool:
             messages.insert(0, {"role": "system", "content": self._config.system})
         return await self.ask(messages, context)
 
+    def _request(self, messages: list[dict[str, Any]], seed: int) -> dict[str, Any]:
+        config = self._config
+        sampling = {"temperature": config.temperature, "top_p": config.top_p}
+        return {
+            "model": config.model,
+            "messages": messages,
+            "max_tokens": config.max_output_tokens,
+            "seed": seed,
+            **{name: value for name, value in sampling.items() if value is not None},
+            **config.extra,
+        }
+
+    async def exchange(
+        self, messages: list[dict[str, Any]], seed: int, depth: int, tools: Sequence[dict[str, Any]] = ()
+    ) -> Exchange:
+        """One request. Raises what `Endpoint.post` does."""
+        payload = self._request(messages, seed) | ({"tools": list(tools)} if tools else {})
+        return await self._endpoint.post("/chat/completions", payload, {DEPTH_HEADER: str(depth + 1)})
+
+    async def next_message(
+        self, messages: list[dict[str, Any]], seed: int, tools: Sequence[dict[str, Any]] = ()
+    ) -> dict[str, Any]:
+        """The assistant message that follows `messages`, with its tool calls. Raises what `Endpoint.post` does, and
+        ValueError where the answer is no chat completion.
+        """
+        exchange = await self.exchange(messages, seed, 0, tools)
+        try:
+            message = exchange.payload["choices"][0]["message"]
+        except (KeyError, IndexError, TypeError) as error:
+            raise ValueError(f"{self._config.url}: no chat completion ({type(error).__name__}: {error})") from None
+        if not isinstance(message, dict):
+            raise ValueError(f"{self._config.url}: a chat completion whose message is no object")
+        return message
+
     async def ask(self, messages: list[dict[str, Any]], context: CallContext) -> ToolOutput:
         """One completion of `messages`."""
-        payload: dict[str, Any] = {
-            "model": self._config.model,
-            "messages": messages,
-            "max_tokens": self._config.max_output_tokens,
-            "seed": context.seed,
-        }
-        if self._config.temperature is not None:
-            payload["temperature"] = self._config.temperature
         try:
-            exchange = await self._endpoint.post("/chat/completions", payload, {DEPTH_HEADER: str(context.depth + 1)})
+            exchange = await self.exchange(messages, context.seed, context.depth)
             content, usage = read_completion(exchange.payload)
         except RequestRefused as error:
             return ToolOutput(f"the model does not take this prompt: {error}", "tool_error")

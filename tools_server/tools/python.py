@@ -2,9 +2,10 @@
 
 from typing import Any
 
-from tools_server.config import PythonConfig
+from tools_server.config import PythonConfig, RemotePythonConfig
 from tools_server.sandbox.bubblewrap import Limits, Run, SandboxFailure
 from tools_server.sandbox.pool import SandboxPool
+from tools_server.sandbox.remote import RemoteRunner, Runner
 from tools_server.tool import CallContext, Price, ToolOutput, ToolSpec, Usage, object_schema
 
 DESCRIPTION = (
@@ -19,7 +20,7 @@ MAX_ERROR_CHARACTERS = 2000
 class PythonTool:
     """One program a call, each in a sandbox that is used once."""
 
-    def __init__(self, name: str, config: PythonConfig) -> None:
+    def __init__(self, name: str, config: PythonConfig | RemotePythonConfig) -> None:
         program = {"type": "string", "description": "the program", "minLength": 1, "maxLength": 200_000}
         self.spec = ToolSpec(
             name,
@@ -31,14 +32,7 @@ class PythonTool:
             price=Price(call_usd=config.usd_per_call, second_usd=config.usd_per_second),
             latency_s=config.latency_s,
         )
-        limits = Limits(config.memory_bytes, config.cpu_s, config.max_processes, config.file_bytes, config.output_bytes)
-        self.pool = SandboxPool(
-            config.sandboxes,
-            limits,
-            config.python,
-            config.read_only,
-            unprotected=config.run_model_code_without_a_sandbox,
-        )
+        self.pool = runner_of(config)
 
     async def start(self) -> list["PythonTool"]:
         try:
@@ -50,6 +44,11 @@ class PythonTool:
     async def close(self) -> None:
         await self.pool.__aexit__()
 
+    async def fault(self) -> str | None:
+        """Why no program can be run, or None: asked with the shortest program there is."""
+        output = await self.call({"code": "0"}, CallContext("check", seed=0))
+        return output.content if output.error else None
+
     async def call(self, arguments: dict[str, Any], context: CallContext) -> ToolOutput:
         """stdout, and what went wrong. A program that runs too long is the model's fault, a broken sandbox is not."""
         try:
@@ -60,6 +59,20 @@ class PythonTool:
         return ToolOutput(content, error, Usage(seconds=run.work_s), run.work_s, wait_s)
 
 
+def runner_of(config: PythonConfig | RemotePythonConfig) -> Runner:
+    """What runs the programs."""
+    if isinstance(config, RemotePythonConfig):
+        return RemoteRunner(config)
+    return SandboxPool(
+        config.sandboxes,
+        Limits(config.memory_bytes, config.cpu_s, config.max_processes, config.file_bytes, config.output_bytes),
+        config.python,
+        config.read_only,
+        unprotected=config.run_model_code_without_a_sandbox,
+        cgroups=config.cgroups,
+    )
+
+
 def describe(run: Run, timeout_s: float) -> tuple[str, str | None]:
     """The observation and its error."""
     stdout = run.stdout.decode("utf-8", "replace").rstrip()
@@ -67,6 +80,8 @@ def describe(run: Run, timeout_s: float) -> tuple[str, str | None]:
         return _joined(stdout, f"error: ended after {timeout_s:g} s"), "timeout"
     if run.cut:
         return _joined(stdout, "error: ended because it printed too much"), "tool_error"
+    if run.out_of_memory and run.exit_status:
+        return _joined(stdout, "error: ended because it used too much memory"), "tool_error"
     if run.exit_status == 0:
         return stdout or "(nothing was printed)", None
     if run.exit_status == CPU_LIMIT_STATUS:

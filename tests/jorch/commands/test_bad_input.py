@@ -119,8 +119,8 @@ def test_a_domain_that_the_server_lacks_is_refused_at_the_start(main: Main, worl
         file.write(json.dumps(row) + "\n")
     line = main(2, "rl", "rl.yaml")
     assert line == (
-        "error: the tool server refused task weather____14577: tau2 domain 'weather' is unknown; "
-        "allowed: airline, retail, telecom, mock"
+        "error: the tool server refused task weather____14577: this server has no copy of ToolScale: "
+        "set `toolscale` in its config"
     )
 
 

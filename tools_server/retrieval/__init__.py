@@ -1,0 +1,1 @@
+"""Engines that find passages, behind one protocol (`passages.Retriever`)."""
