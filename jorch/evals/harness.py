@@ -118,7 +118,7 @@ async def play(driver: Driver, tasks: Sequence[Task], temperature: float, seed: 
             rows += [
                 trajectory_row(task, trajectory)
                 for task, (trajectory,) in zip(part, groups, strict=True)
-                if trajectory.termination != "infra_error"
+                if not trajectory.lost
             ]
             lost = {"lost": start + len(part) - len(rows)} if len(rows) < start + len(part) else {}
             progress.advance(len(part), accuracy=sum(row.accuracy for row in rows) / len(rows), **lost)

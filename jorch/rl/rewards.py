@@ -19,7 +19,7 @@ def score_group(
     say nothing about the policy: the caller leaves them out.
     """
     assert trajectories, f"task {task.task_id}: no trajectories to score"
-    assert all(t.termination != "infra_error" for t in trajectories), task.task_id
+    assert not any(t.lost for t in trajectories), task.task_id
     rewards = np.array(
         group_rewards(
             [t.outcome for t in trajectories],

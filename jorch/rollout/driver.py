@@ -112,7 +112,7 @@ class Driver:
             # Hundreds of trajectories fail of one cause: the first says it all.
             raise failures.exceptions[0] from None
         results = [[task.result() for task in siblings] for siblings in groups]
-        if all(t.termination == "infra_error" for siblings in results for t in siblings):
+        if all(t.lost for siblings in results for t in siblings):
             raise ToolServerDown(
                 f"tool server {self.tools.url} lost all sessions of {run_id}: it was restarted, or what its tools "
                 "need is down"

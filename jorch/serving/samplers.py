@@ -40,7 +40,7 @@ def make_sampler(
                 rl=True,
             )
             urls = [stack.enter_context(vllm_server(options, run_folder / "vllm.log"))]
-        sampler = VllmSampler(config, urls, start.tokenizer.end_of_turn_id, weights.publish)
+        sampler = VllmSampler(config, urls, start.tokenizer.end_of_turn_id, weights.write, weights.push)
         if config.vllm.urls:
             sampler.publish(start.params, 0)  # whatever those servers were started with
         sampler.on_close = stack.pop_all().close
@@ -65,12 +65,11 @@ class Weights:
         hf.write(target, config, served, self._start.tokenizer, {"policy_version": version})
         return target
 
-    def publish(self, params: Any, version: int, urls: list[str]) -> dict[str, str]:
+    def push(self, folder: Path, version: int, urls: list[str]) -> dict[str, str]:
         """As `push.push`; older exports go once no server reads them any more."""
-        target = self.write(params, version)
-        problems = push(urls, target, f"v{version}", self._dtype)
+        problems = push(urls, folder, f"v{version}", self._dtype)
         for old in self._folder.glob("v*"):
             # A server compares new tensors with those of the folder that it was started from.
-            if old != target and old.name != "v0":
+            if old.name != "v0" and int(old.name.removeprefix("v")) < version:
                 shutil.rmtree(old, ignore_errors=True)
         return problems

@@ -120,7 +120,8 @@ class ScriptedSampler:
         text = self.script[task_id][number]
         cut = text.endswith("...")
         ids = TOKENIZER.encode(text.removesuffix("...") if cut else text + END)
-        return Completion(ids, np.full(len(ids), -0.5, np.float32), "length" if cut else "stop", self.policy_version)
+        versions = np.full(len(ids), self.policy_version, np.int32)
+        return Completion(ids, np.full(len(ids), -0.5, np.float32), "length" if cut else "stop", versions)
 
     def release(self, trajectory_id):
         self.turns.pop(trajectory_id, None)
