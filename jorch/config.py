@@ -169,6 +169,9 @@ class RolloutConfig(Section):
     call_timeout_s: PositiveFloat = Field(default=120.0, description="of one tool request, retries apart")
     call_retries: int = Field(default=3, ge=0, description="after network failures, with exponential back-off")
     trajectory_retries: int = Field(default=1, ge=0, description="fresh attempts after an infrastructure failure")
+    group_deadline_s: PositiveFloat | None = Field(
+        default=None, description="trajectories that take longer are named and left out; null = no limit but the above"
+    )
     orchestrator_usd_per_million_tokens: float = Field(default=0.0, ge=0, description="added to a trajectory's cost")
     orchestrator_seconds_per_token: float = Field(default=0.0, ge=0, description="modelled, added to its latency")
 
@@ -323,6 +326,12 @@ class RlConfig(Section):
     tasks_per_step: PositiveInt = Field(default=16, description="groups per step (paper: 16)")
     group_size: PositiveInt = Field(default=8, ge=2, description="sibling trajectories per task (paper: 8)")
     num_minibatches: PositiveInt = Field(default=1, description="optimizer updates per batch of rollouts")
+    max_policy_lag: int = Field(
+        default=0,
+        ge=0,
+        description="0 = rollouts and updates take turns; else rollouts go on in a process of their own, and no "
+        "trained token was drawn by weights that are older than this many updates",
+    )
     sampler: SamplerConfig
     rollout: RolloutConfig
     reward: RewardConfig = RewardConfig()
@@ -354,6 +363,11 @@ class RlConfig(Section):
             raise ValueError(
                 f"sampler.max_context_tokens={self.sampler.max_context_tokens} is larger than "
                 f"batch.row_tokens={self.batch.row_tokens}: a trajectory might not fit a row"
+            )
+        if self.max_policy_lag and self.algorithm.importance_cap is None:
+            raise ValueError(
+                f"max_policy_lag={self.max_policy_lag} trains on tokens of older weights and needs the importance "
+                "weights that correct for it: set algorithm.importance_cap, or max_policy_lag=0"
             )
         if self.rollout.temperature == 0:
             raise ValueError("rollout.temperature=0 gives identical siblings; RL needs temperature > 0")

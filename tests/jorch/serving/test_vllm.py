@@ -67,7 +67,7 @@ def served(request, tiny_config, random_params, tmp_path_factory):
 
 def vllm_sampler(url, start, folder):
     config = SamplerConfig(max_context_tokens=CONTEXT, vllm=VllmConfig(urls=(url,)))
-    weights = Weights(start, folder / "weights", "float32")
+    weights = Weights(start, folder / "weights", config)
     return VllmSampler(config, [url], STOP, weights.write, weights.push)
 
 
@@ -245,7 +245,7 @@ def test_a_server_that_is_killed_in_a_step_costs_nothing(tiny_config, random_par
     with vllm_server(options, tmp_path / "vllm.log") as second:
         config = SamplerConfig(max_context_tokens=CONTEXT, vllm=VllmConfig(urls=(url, second)))
         unlikely = start.model.config.vocab_size - 1
-        weights = Weights(start, folder / "weights", "float32")
+        weights = Weights(start, folder / "weights", config)
         sampler = VllmSampler(config, [url, second], unlikely, weights.write, weights.push)
         sampler.publish(start.params, 7)
         rng = np.random.default_rng(2)
