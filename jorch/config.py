@@ -374,6 +374,19 @@ class RlConfig(Section):
         return self
 
 
+class EndpointConfig(Section):
+    """A model that others serve, as the orchestrator: OpenAI's chat completions with tools."""
+
+    url: str = Field(description="up to and without /chat/completions, e.g. http://127.0.0.1:8100/v1")
+    model: str | None = Field(default=None, description="name of the model; null = the first that the endpoint lists")
+    key_variable: str = Field(
+        default="JORCH_ENDPOINT_KEY", description="environment variable with the API key; unset = send none"
+    )
+    timeout_s: PositiveFloat = Field(default=120.0, description="of one request, retries apart")
+    retries: int = Field(default=3, ge=0, description="after failures that may pass, with exponential back-off")
+    concurrency: PositiveInt = Field(default=16, description="tasks played side by side")
+
+
 class EvalConfig(Section):
     """`jorch eval`: play tasks with a policy and report."""
 
@@ -383,6 +396,7 @@ class EvalConfig(Section):
         default="model", description="gold: replays the task's own reference calls"
     )
     init_from: str | None = Field(default=None, description='folder of safetensors, or "base"; policy: model only')
+    endpoint: EndpointConfig | None = Field(default=None, description="plays instead of a model of init_from")
     chat: ChatConfig = ChatConfig()
     tasks: str = Field(description='JSONL of tasks, or "tau2:airline", "tau2:retail", ... (extra tau2)')
     limit: PositiveInt | None = Field(default=None, description="first tasks only")
@@ -397,8 +411,10 @@ class EvalConfig(Section):
 
     @model_validator(mode="after")
     def _policy(self) -> "EvalConfig":
-        if self.policy == "model" and self.init_from is None:
-            raise ValueError("policy: model needs init_from")
+        if self.policy == "model" and self.init_from is None and self.endpoint is None:
+            raise ValueError("policy: model needs init_from or endpoint")
+        if self.policy == "gold" and self.endpoint is not None:
+            raise ValueError("policy: gold replays the tasks' own calls and asks no endpoint: leave one of them out")
         _check_context(self.sampler, self.rollout)
         return self
 
