@@ -21,6 +21,7 @@ from typing import Any, NamedTuple
 from jorch.config import RlConfig
 from jorch.data.tasks import TaskStream
 from jorch.rl.rewards import is_scorable
+from jorch.rollout.driver import all_lost
 from jorch.rollout.tool_client import ToolServerDown
 from jorch.rollout.vllm_sampler import SamplerDown
 from jorch.types import Task, Trajectory
@@ -98,7 +99,7 @@ class RolloutProcess:
         self._ready: dict[int, Played] = {}
         self._inbox: queue.SimpleQueue[Any] = queue.SimpleQueue()
         self._dropped: Counter[str] = Counter()
-        self._lost_in_a_row = 0
+        self._lost_in_a_row: list[list[Trajectory]] = []
         self._busy_s = self._push_s = 0.0
 
     def __enter__(self) -> "RolloutProcess":
@@ -182,16 +183,13 @@ class RolloutProcess:
             case Played():
                 self._busy_s = message.busy_s
                 self._ready[message.number] = message
-                if is_scorable(message.trajectories):
-                    self._lost_in_a_row = 0
-                else:
+                lost = all(t.lost for t in message.trajectories)
+                self._lost_in_a_row = [*self._lost_in_a_row, message.trajectories] if lost else []
+                if not is_scorable(message.trajectories):
                     self._drop(message.number, "lost")
-                    self._lost_in_a_row += all(t.lost for t in message.trajectories)
-                if self._lost_in_a_row >= self._size:
-                    raise ToolServerDown(
-                        f"tool server {self.job.url} lost all sessions of {self._size} groups in a row: it was "
-                        "restarted, or what its tools need is down"
-                    )
+                if len(self._lost_in_a_row) >= self._size:
+                    what = f"{self._size} groups in a row"
+                    raise all_lost(self.job.url, what, self._lost_in_a_row, self.job.config.rollout.group_deadline_s)
             case Failed():
                 if message.kind in _FAILURES:
                     raise _FAILURES[message.kind](message.line)

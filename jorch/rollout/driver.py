@@ -52,6 +52,20 @@ async def probe(tools: ToolClient, tasks: Sequence[Task]) -> None:
         await tools.finish(session_id)
 
 
+def all_lost(
+    url: str, what: str, groups: Sequence[Sequence[Trajectory]], group_deadline_s: float | None
+) -> ConnectionError:
+    """Why a run cannot go on of whose trajectories none is left; `what` says which they were."""
+    if any(t.termination == "deadline" for siblings in groups for t in siblings):
+        return ConnectionError(
+            f"no trajectory of {what} was done within rollout.group_deadline_s={group_deadline_s}: see what the tools "
+            f"of {url} and the sampler wait for, or start a run that allows more"
+        )
+    return ToolServerDown(
+        f"tool server {url} lost all sessions of {what}: it was restarted, or what its tools need is down"
+    )
+
+
 class SessionLost(Exception):
     """The tool server forgot a session, or what stands behind it failed: the attempt says nothing about the policy."""
 
@@ -108,10 +122,7 @@ class Driver:
             raise failures.exceptions[0] from None
         results = [group.result() for group in groups]
         if all(t.lost for siblings in results for t in siblings):
-            raise ToolServerDown(
-                f"tool server {self.tools.url} lost all sessions of {run_id}: it was restarted, or what its tools "
-                "need is down"
-            )
+            raise all_lost(self.tools.url, run_id, results, self.config.group_deadline_s)
         return results
 
     def announce(self, ids: Sequence[Sequence[str]]) -> None:

@@ -38,7 +38,7 @@ class Rollouts(RolloutProcess):
         completion = Completion(ids, np.zeros(len(ids), np.float32), "stop", np.array(versions, np.int32))
         turns = (Turn(np.zeros(1, np.int32), completion, (), ()),)
         siblings = [
-            Trajectory(task_id, f"{number}/{i}", () if i < lost else turns, "deadline" if i < lost else "answered",
+            Trajectory(task_id, f"{number}/{i}", () if i < lost else turns, "infra_error" if i < lost else "answered",
                        1.0, 0, 0.0, 0.0, {})
             for i in range(SIBLINGS)
         ]  # fmt: skip
