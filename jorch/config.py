@@ -169,9 +169,7 @@ class RolloutConfig(Section):
     call_timeout_s: PositiveFloat = Field(default=120.0, description="of one tool request, retries apart")
     call_retries: int = Field(default=3, ge=0, description="after network failures, with exponential back-off")
     trajectory_retries: int = Field(default=1, ge=0, description="fresh attempts after an infrastructure failure")
-    group_deadline_s: PositiveFloat | None = Field(
-        default=None, description="trajectories that take longer are named and left out; null = no limit but the above"
-    )
+    group_deadline_s: PositiveFloat | None = Field(default=None, description="who takes longer is named and left out")
     orchestrator_usd_per_million_tokens: float = Field(default=0.0, ge=0, description="added to a trajectory's cost")
     orchestrator_seconds_per_token: float = Field(default=0.0, ge=0, description="modelled, added to its latency")
 
@@ -327,10 +325,7 @@ class RlConfig(Section):
     group_size: PositiveInt = Field(default=8, ge=2, description="sibling trajectories per task (paper: 8)")
     num_minibatches: PositiveInt = Field(default=1, description="optimizer updates per batch of rollouts")
     max_policy_lag: int = Field(
-        default=0,
-        ge=0,
-        description="0 = rollouts and updates take turns; else rollouts go on in a process of their own, and no "
-        "trained token was drawn by weights that are older than this many updates",
+        default=0, ge=0, description="updates; above 0 rollouts go on beside them and no trained token is older"
     )
     sampler: SamplerConfig
     rollout: RolloutConfig
@@ -365,26 +360,17 @@ class RlConfig(Section):
                 f"batch.row_tokens={self.batch.row_tokens}: a trajectory might not fit a row"
             )
         if self.max_policy_lag and self.algorithm.importance_cap is None:
-            raise ValueError(
-                f"max_policy_lag={self.max_policy_lag} trains on tokens of older weights and needs the importance "
-                "weights that correct for it: set algorithm.importance_cap, or max_policy_lag=0"
-            )
+            raise ValueError("max_policy_lag > 0 trains on tokens of older weights: set algorithm.importance_cap")
         if self.rollout.temperature == 0:
             raise ValueError("rollout.temperature=0 gives identical siblings; RL needs temperature > 0")
         return self
 
 
 class EndpointConfig(Section):
-    """A model that others serve, as the orchestrator: OpenAI's chat completions with tools."""
+    """A model that others serve, limits as for tool calls, `sampler.max_rows` tasks at once; key: $JORCH_ENDPOINT_KEY."""
 
     url: str = Field(description="up to and without /chat/completions, e.g. http://127.0.0.1:8100/v1")
-    model: str | None = Field(default=None, description="name of the model; null = the first that the endpoint lists")
-    key_variable: str = Field(
-        default="JORCH_ENDPOINT_KEY", description="environment variable with the API key; unset = send none"
-    )
-    timeout_s: PositiveFloat = Field(default=120.0, description="of one request, retries apart")
-    retries: int = Field(default=3, ge=0, description="after failures that may pass, with exponential back-off")
-    concurrency: PositiveInt = Field(default=16, description="tasks played side by side")
+    model: str | None = Field(default=None, description="its name; null = the first that the endpoint lists")
 
 
 class EvalConfig(Section):
@@ -413,8 +399,6 @@ class EvalConfig(Section):
     def _policy(self) -> "EvalConfig":
         if self.policy == "model" and self.init_from is None and self.endpoint is None:
             raise ValueError("policy: model needs init_from or endpoint")
-        if self.policy == "gold" and self.endpoint is not None:
-            raise ValueError("policy: gold replays the tasks' own calls and asks no endpoint: leave one of them out")
         _check_context(self.sampler, self.rollout)
         return self
 

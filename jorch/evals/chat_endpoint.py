@@ -9,6 +9,7 @@ import aiohttp
 
 from jorch.config import EndpointConfig
 
+KEY_VARIABLE = "JORCH_ENDPOINT_KEY"
 BACKOFF_S = 1.0
 """Before the first retry; doubled before each further one."""
 _PASSING = frozenset({408, 409, 425, 429, 500, 502, 503, 504, 529})
@@ -31,18 +32,20 @@ class ChatEndpoint:
     Raises EndpointDown as above, and ValueError where the endpoint refuses the key, the model or the address.
     """
 
-    def __init__(self, config: EndpointConfig) -> None:
+    def __init__(self, config: EndpointConfig, *, timeout_s: float, retries: int) -> None:
+        """`timeout_s` limits each attempt; `retries` follow the first one."""
         if not config.url.startswith(("http://", "https://")):
             raise ValueError(f"endpoint.url: got {config.url!r}, expected an address such as http://127.0.0.1:8100/v1")
         self.url = config.url.rstrip("/")
         self.model = config.model or ""
-        self.config = config
+        self._timeout_s = timeout_s
+        self._retries = retries
 
     async def __aenter__(self) -> Self:
-        key = os.environ.get(self.config.key_variable)
+        key = os.environ.get(KEY_VARIABLE)
         self._http = aiohttp.ClientSession(
             headers={"Authorization": f"Bearer {key}"} if key else {},
-            timeout=aiohttp.ClientTimeout(total=self.config.timeout_s),
+            timeout=aiohttp.ClientTimeout(total=self._timeout_s),
         )
         try:
             if not self.model:
@@ -70,7 +73,7 @@ class ChatEndpoint:
 
     async def _request(self, method: str, path: str, body: dict[str, Any] | None = None) -> dict[str, Any]:
         failure = ""
-        for attempt in range(self.config.retries + 1):
+        for attempt in range(self._retries + 1):
             if attempt:
                 await asyncio.sleep(BACKOFF_S * 2 ** (attempt - 1))
             try:
@@ -79,7 +82,7 @@ class ChatEndpoint:
                 if status == 200:
                     return json.loads(content)
             except TimeoutError:
-                failure = f"no answer within {self.config.timeout_s:g} s"
+                failure = f"no answer within {self._timeout_s:g} s"
                 continue
             except (aiohttp.ClientError, OSError) as error:
                 failure = str(error) or type(error).__name__
@@ -91,8 +94,6 @@ class ChatEndpoint:
             if status in _TOO_LONG:
                 raise ConversationRefused(failure)
             if status not in _PASSING:
-                hint = f"; its key is read from {self.config.key_variable}" if status in (401, 403) else ""
+                hint = f"; its key is read from {KEY_VARIABLE}" if status in (401, 403) else ""
                 raise ValueError(f"endpoint {self.url} refused {path} ({failure}){hint}")
-        raise EndpointDown(
-            f"endpoint {self.url} does not answer ({self.config.retries + 1} attempts at {path}): {failure}"
-        )
+        raise EndpointDown(f"endpoint {self.url} does not answer ({self._retries + 1} attempts at {path}): {failure}")

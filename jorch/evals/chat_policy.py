@@ -33,7 +33,7 @@ async def play_chat(
 
     Raises EndpointDown, ToolServerDown, and ValueError where either refuses what it is asked.
     """
-    slots = asyncio.Semaphore(endpoint.config.concurrency)
+    slots = asyncio.Semaphore(config.sampler.max_rows)
 
     async def play(task: Task) -> EvalRow | None:
         async with slots:

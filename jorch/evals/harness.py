@@ -89,7 +89,8 @@ async def _play(config: EvalConfig, tasks: list[Task], url: str, folder: Path) -
 async def _play_endpoint(
     config: EvalConfig, section: EndpointConfig, tasks: list[Task], tools: ToolClient
 ) -> dict[str, Any]:
-    async with ChatEndpoint(section) as endpoint:
+    rollout = config.rollout
+    async with ChatEndpoint(section, timeout_s=rollout.call_timeout_s, retries=rollout.call_retries) as endpoint:
         summaries = []
         for temperature in config.temperatures:
             with stage(f"{endpoint.model}, T = {temperature:g}"[:23], len(tasks)) as progress:

@@ -65,8 +65,8 @@ def play(url, *script, tasks=TASKS, retries=2, **changes):
     async def run():
         config = CONFIG.model_copy(update={"rollout": CONFIG.rollout.model_copy(update=changes)})
         async with endpoint(*script) as (fake, address), ToolClient(url, timeout_s=30, retries=0) as tools:
-            section = EndpointConfig(url=f"{address}/v1", model="m", retries=retries, timeout_s=5)
-            async with ChatEndpoint(section) as chat:
+            section = EndpointConfig(url=f"{address}/v1", model="m")
+            async with ChatEndpoint(section, timeout_s=5, retries=retries) as chat:
                 return fake, await play_chat(tasks, tools, chat, config, 0.0)
 
     return asyncio.run(run())
