@@ -367,7 +367,7 @@ class RlConfig(Section):
 
 
 class EndpointConfig(Section):
-    """A model that others serve, limits as for tool calls, `sampler.max_rows` tasks at once; key: $JORCH_ENDPOINT_KEY."""
+    """A model that others serve, limits as for tool calls, `sampler.max_rows` tasks at once; $JORCH_ENDPOINT_KEY."""
 
     url: str = Field(description="up to and without /chat/completions, e.g. http://127.0.0.1:8100/v1")
     model: str | None = Field(default=None, description="its name; null = the first that the endpoint lists")

@@ -1,17 +1,12 @@
 """`jorch rl` with rollouts in a process of their own, cut short in every way that it may be."""
 
 import os
-import random
 import signal
 from pathlib import Path
 from typing import Any
 
 import pytest
-import yaml
 
-from jorch.data.tasks import TaskStream
-from jorch.data.tasks import read_jsonl as read_tasks
-from jorch.evals import baselines
 from jorch.run_folder import read_jsonl
 
 pytestmark = pytest.mark.slow
@@ -80,19 +75,3 @@ def test_a_tool_server_that_dies_stops_the_run_by_its_address(jorch: Any) -> Non
     assert stderr.startswith("jorch: error: tool server http://127.0.0.1:")
     assert stderr.endswith(" --resume\n")
     assert jorch.stray() == []
-
-
-def test_who_misses_the_deadline_holds_up_nobody(jorch: Any) -> None:
-    """An expert that takes an hour: who asks it is named and left out, and the others' steps go on."""
-    task = TaskStream(read_tasks(jorch.world / "tasks.jsonl"), 1, 0).batch(0)[0]
-    first_function = (*task.truth["needs"], "answer")[0]
-    asked = baselines.choose("always_strongest", task, first_function, random.Random(0))  # as the base does
-    server = yaml.safe_load((jorch.world / "server.yaml").read_text())
-    server["experts"][task.setup["model_mapping"][asked]]["latency_s"] = 3600 / server["time_scale"]
-    (jorch.world / "server.yaml").write_text(yaml.safe_dump(server))
-    deadline = ("rollout.group_deadline_s=20", "sampler.max_wait_s=0.5")
-    result = jorch.run(*ASYNCHRONOUS[:3], "steps=3", *deadline)
-    assert (result.returncode, result.stderr) == (0, "")
-    named = [line for line in result.stdout.splitlines() if line.startswith("not done after 20 s, left out: ")]
-    assert any(f"group-0/{task.task_id}/" in line for line in named)
-    assert len(rows(jorch.world)) == 3
