@@ -8,10 +8,8 @@ resumed run goes on from the same state and the same number of groups, but not b
 
 import asyncio
 import itertools
-import math
 import time
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, closing, contextmanager
+from contextlib import closing
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -22,14 +20,12 @@ import numpy as np
 import optax
 from jax.sharding import Mesh
 
-from jorch.checkpoint import Checkpoints, base_meta, check_base, describe
+from jorch.checkpoint import Checkpoints, check_base, describe
 from jorch.config import RlConfig, ServerSection
 from jorch.data.chat import render_observation
 from jorch.data.packing import fill_fraction, pack
 from jorch.data.tasks import TaskStream, read_jsonl
-from jorch.data.tokenizer import Tokenizer
 from jorch.export import hf, pretrained
-from jorch.metrics import MetricWriter, Stage, stage
 from jorch.model import lora
 from jorch.model.transformer import Params, Trainable
 from jorch.processes import (
@@ -43,7 +39,8 @@ from jorch.processes import (
 )
 from jorch.rl.advantages import keeps_group
 from jorch.rl.losses import policy_loss
-from jorch.rl.report import TrajectoryLog, rollout_metrics
+from jorch.rl.records import Records
+from jorch.rl.report import rollout_metrics
 from jorch.rl.rewards import is_scorable, score_group
 from jorch.rl.rollout_process import Job, RolloutProcess
 from jorch.rl.samples import from_group
@@ -54,7 +51,6 @@ from jorch.rollout.tool_client import ToolClient
 from jorch.rollout.vllm_sampler import VllmSampler
 from jorch.serving.samplers import Weights, make_sampler, weights_folder
 from jorch.sharding import make_mesh, shard_batch
-from jorch.stopping import Terminated, on_sigterm
 from jorch.train.optimizer import make_optimizer
 from jorch.train.state import TrainState, abstract_state, init_state
 from jorch.train.step import TrainStep, make_logprobs_fn, make_train_step
@@ -172,11 +168,11 @@ def train(
     with Checkpoints(folder / "checkpoints", config.checkpoint) as checkpoints:
         first_step, num_groups = _restore(learner, checkpoints, start)
         sampler.publish(to_host(learner.params), first_step)
-        with Records(folder, start, learner, checkpoints, first_step) as records:
+        with Records(config, folder, start, learner.frozen, checkpoints, first_step) as records:
             if config.max_policy_lag:
-                _train_beside_rollouts(config, folder, tasks, start, sampler, records, url, num_groups)
+                _train_beside_rollouts(config, folder, tasks, start, learner, sampler, records, url, num_groups)
             else:
-                asyncio.run(_train(config, tasks, start, sampler, records, url))
+                asyncio.run(_train(config, tasks, start, learner, sampler, records, url))
     params = to_host(learner.params)
     if is_writer():
         hf.save(folder / "model", start.model.config, params, start.tokenizer)
@@ -222,69 +218,31 @@ def _restore(learner: Learner, checkpoints: Checkpoints, start: pretrained.Pretr
     return step, meta["data_position"]
 
 
-class Records(ExitStack):
-    """What a run writes after every step: checkpoint, metrics, trajectories, progress."""
-
-    def __init__(
-        self,
-        folder: Path,
-        start: pretrained.Pretrained,
-        learner: Learner,
-        checkpoints: Checkpoints,
-        first_step: int,
-    ) -> None:
-        super().__init__()
-        config = learner.config
-        self.learner, self.first_step = learner, first_step
-        self._checkpoints = checkpoints
-        self._meta = describe(config, start.model.config, start.tokenizer.digest)
-        self._meta |= base_meta(config.init_from, learner.frozen)
-        self._log = self.enter_context(_log(config, folder, first_step, start.tokenizer))
-
-    def begin(self, num_groups: int) -> None:
-        """Once everything stands ready; `num_groups` have been used up by earlier steps."""
-        meta = self._meta | {"data_position": num_groups}
-        self._checkpoints.save(self.first_step, self.learner.state, meta, force=True)
-        self._progress = self.enter_context(stage("reinforcement learning", self.learner.config.steps))
-        self._progress.advance(self.first_step)
-        self._told_to_end = self.enter_context(on_sigterm())
-
-    def write(self, step: int, metrics: dict[str, float], groups: list[Group], num_groups: int) -> None:
-        """Raises Terminated after SIGTERM, with a checkpoint of this step."""
-        self._log(step, metrics, groups)
-        ends, is_last = self._told_to_end(step + 1), step + 1 == self.learner.config.steps
-        meta = self._meta | {"data_position": num_groups}
-        self._checkpoints.save(step + 1, self.learner.state, meta, metrics=metrics, force=ends or is_last)
-        _advance(self._progress, metrics)
-        if ends and not is_last:
-            self._checkpoints.wait()
-            raise Terminated(f"stopped by SIGTERM after step {step}, which is saved")
-
-
 def _train_beside_rollouts(
     config: RlConfig,
     folder: Path,
     tasks: list[Task],
     start: pretrained.Pretrained,
+    learner: Learner,
     sampler: Sampler,
     records: Records,
     url: str,
     num_groups: int,
 ) -> None:
     """Updates here, rollouts in a process of their own; `sampler` gets the final weights only."""
-    learner, first_step = records.learner, records.first_step
+    first_step = records.first_step
     urls = sampler.urls if isinstance(sampler, VllmSampler) else ()
     weights = Weights(start, weights_folder(config.sampler, folder), config.sampler)
     job = Job(config, folder, url, tuple(urls), weights.write(learner.params, first_step))
     with RolloutProcess(job, TaskStream(tasks, 1, config.seed), first_step, num_groups) as rollouts:
-        records.begin(num_groups)
+        records.begin(learner.state, num_groups)
         for step in range(first_step, config.steps):
             began = time.perf_counter()
             taken, trajectories, queue_metrics = rollouts.take(step)
             metrics, groups = learn(config, step, taken, trajectories, learner)
             rollouts.publish(weights.write(learner.params, step + 1), step + 1)
             metrics |= queue_metrics | {"time/step_s": time.perf_counter() - began}
-            records.write(step, metrics, groups, rollouts.num_used)
+            records.write(step, learner.state, metrics, groups, rollouts.num_used)
     sampler.publish(learner.params, config.steps)
 
 
@@ -292,6 +250,7 @@ async def _train(
     config: RlConfig,
     tasks: list[Task],
     start: pretrained.Pretrained,
+    learner: Learner,
     sampler: Sampler,
     records: Records,
     url: str,
@@ -300,28 +259,10 @@ async def _train(
     async with ToolClient(url, timeout_s=config.rollout.call_timeout_s, retries=config.rollout.call_retries) as tools:
         driver = Driver(sampler, tools, start.tokenizer, config.chat, config.rollout)
         sampler.warm_up(len(start.tokenizer.encode(render_observation(["output"], config.chat.style))))
-        records.begin(records.first_step * config.tasks_per_step)
+        records.begin(learner.state, records.first_step * config.tasks_per_step)
         for step in range(records.first_step, config.steps):
-            metrics, groups = await take_step(config, step, stream.batch(step), driver, sampler, records.learner)
-            records.write(step, metrics, groups, (step + 1) * config.tasks_per_step)
-
-
-@contextmanager
-def _log(
-    config: RlConfig, folder: Path, first_step: int, tokenizer: Tokenizer
-) -> Iterator[Callable[[int, dict[str, float], list[Group]], None]]:
-    """A function that writes down a step's metrics and some of its trajectories, in the one process that does."""
-    if not is_writer():
-        yield lambda step, metrics, groups: None
-        return
-    trajectories = TrajectoryLog(folder, first_step, tokenizer, config.log_trajectories)
-    with MetricWriter(folder, first_step) as writer, trajectories:
-
-        def write(step: int, metrics: dict[str, float], groups: list[Group]) -> None:
-            writer.write(step, metrics)
-            trajectories.write(step, groups)
-
-        yield write
+            metrics, groups = await take_step(config, step, stream.batch(step), driver, sampler, learner)
+            records.write(step, learner.state, metrics, groups, (step + 1) * config.tasks_per_step)
 
 
 async def take_step(
@@ -386,15 +327,6 @@ def _check_finite(metrics: dict[str, float], learner: Learner, config: RlConfig,
             f"step {step}: the gradient was not finite {limit} times in a row "
             f"(loss {metrics['train/loss']}); lower optimizer.learning_rate"
         )
-
-
-def _advance(progress: Stage, metrics: dict[str, float]) -> None:
-    progress.advance(
-        reward=metrics.get("reward/mean", math.nan),  # where all groups were left out
-        accuracy=metrics.get("rollout/accuracy", math.nan),
-        cost_usd=metrics.get("rollout/cost_usd", math.nan),
-        step_s=metrics["time/step_s"],
-    )
 
 
 def _split(samples: list[Sample], num_parts: int) -> list[list[Sample]]:
