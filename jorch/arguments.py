@@ -196,6 +196,12 @@ def _config_parser(command: str, model: type[BaseModel]) -> argparse.ArgumentPar
         parser.add_argument("--process", metavar="PLACE", help=place)
     if command == "launch":
         _add_launch_options(parser)
+    if command == "eval":
+        parser.add_argument(
+            "--endpoint",
+            metavar="URL",
+            help="an OpenAI-compatible model plays (key endpoint.url), such as vLLM's .../v1",
+        )
     if command == "quickstart":
         parser.add_argument("--out", metavar="DIR", help="run folder (key out)")
         parser.add_argument("--seed", type=int, metavar="N", help="of every random choice (key seed)")
@@ -257,6 +263,8 @@ def _positionals(command: str, options: argparse.Namespace) -> tuple[Path, list[
         raise ValueError(f"got '{overrides[0]}'; only --host and --port can be set outside of {path}")
     if getattr(options, "sampler", None) == "vllm":
         overrides.append("rl.sampler.vllm={}")
+    if getattr(options, "endpoint", None):
+        overrides.append(f"endpoint.url={json.dumps(options.endpoint)}")
     for key in ("out", "seed", "host", "port"):
         value = getattr(options, key, None)
         if value is not None:

@@ -169,6 +169,7 @@ class RolloutConfig(Section):
     call_timeout_s: PositiveFloat = Field(default=120.0, description="of one tool request, retries apart")
     call_retries: int = Field(default=3, ge=0, description="after network failures, with exponential back-off")
     trajectory_retries: int = Field(default=1, ge=0, description="fresh attempts after an infrastructure failure")
+    group_deadline_s: PositiveFloat | None = Field(default=None, description="who takes longer is named and left out")
     orchestrator_usd_per_million_tokens: float = Field(default=0.0, ge=0, description="added to a trajectory's cost")
     orchestrator_seconds_per_token: float = Field(default=0.0, ge=0, description="modelled, added to its latency")
 
@@ -323,6 +324,9 @@ class RlConfig(Section):
     tasks_per_step: PositiveInt = Field(default=16, description="groups per step (paper: 16)")
     group_size: PositiveInt = Field(default=8, ge=2, description="sibling trajectories per task (paper: 8)")
     num_minibatches: PositiveInt = Field(default=1, description="optimizer updates per batch of rollouts")
+    max_policy_lag: int = Field(
+        default=0, ge=0, description="updates; above 0 rollouts go on beside them and no trained token is older"
+    )
     sampler: SamplerConfig
     rollout: RolloutConfig
     reward: RewardConfig = RewardConfig()
@@ -355,9 +359,18 @@ class RlConfig(Section):
                 f"sampler.max_context_tokens={self.sampler.max_context_tokens} is larger than "
                 f"batch.row_tokens={self.batch.row_tokens}: a trajectory might not fit a row"
             )
+        if self.max_policy_lag and self.algorithm.importance_cap is None:
+            raise ValueError("max_policy_lag > 0 trains on tokens of older weights: set algorithm.importance_cap")
         if self.rollout.temperature == 0:
             raise ValueError("rollout.temperature=0 gives identical siblings; RL needs temperature > 0")
         return self
+
+
+class EndpointConfig(Section):
+    """A model that others serve, limits as for tool calls, `sampler.max_rows` tasks at once; $JORCH_ENDPOINT_KEY."""
+
+    url: str = Field(description="up to and without /chat/completions, e.g. http://127.0.0.1:8100/v1")
+    model: str | None = Field(default=None, description="its name; null = the first that the endpoint lists")
 
 
 class EvalConfig(Section):
@@ -369,6 +382,7 @@ class EvalConfig(Section):
         default="model", description="gold: replays the task's own reference calls"
     )
     init_from: str | None = Field(default=None, description='folder of safetensors, or "base"; policy: model only')
+    endpoint: EndpointConfig | None = Field(default=None, description="plays instead of a model of init_from")
     chat: ChatConfig = ChatConfig()
     tasks: str = Field(description='JSONL of tasks, or "tau2:airline", "tau2:retail", ... (extra tau2)')
     limit: PositiveInt | None = Field(default=None, description="first tasks only")
@@ -383,8 +397,8 @@ class EvalConfig(Section):
 
     @model_validator(mode="after")
     def _policy(self) -> "EvalConfig":
-        if self.policy == "model" and self.init_from is None:
-            raise ValueError("policy: model needs init_from")
+        if self.policy == "model" and self.init_from is None and self.endpoint is None:
+            raise ValueError("policy: model needs init_from or endpoint")
         _check_context(self.sampler, self.rollout)
         return self
 

@@ -42,6 +42,8 @@ WRITTEN_BY_RUNS = (
     "tools_server.yaml",
     "tools_server.log",
     "processes",
+    "vllm.log",
+    "weights",
 )
 """What `--fresh` removes; a file of any other name in the folder is somebody else's."""
 

@@ -17,6 +17,7 @@ Termination = Literal[
     "max_tokens",
     "env_error",  # the environment itself failed: the trajectory counts, with outcome 0
     "infra_error",  # server or network failure after all retries: left out of group statistics
+    "deadline",  # not done when its group's time was up: left out of group statistics
 ]
 TERMINATIONS: tuple[Termination, ...] = (
     "answered",
@@ -26,6 +27,7 @@ TERMINATIONS: tuple[Termination, ...] = (
     "max_tokens",
     "env_error",
     "infra_error",
+    "deadline",
 )
 
 
@@ -77,15 +79,17 @@ class CompletionRequest:
 
 @dataclass(frozen=True, slots=True)
 class Completion:
-    """Token ids as sampled, each with its log-probability (nats) at the sampling temperature.
+    """Token ids as sampled, each with its log-probability (nats) at the sampling temperature and the version of the
+    weights that drew it: new weights may arrive in the middle.
 
-    Example: Completion(token_ids=i32[7, 19, 9, 2], logprobs=f32[0., -.7, 0., 0.], "stop", policy_version=3)
+    Example: Completion(token_ids=i32[7, 19, 9, 2], logprobs=f32[0., -.7, 0., 0.], "stop",
+                        policy_versions=i32[3, 3, 3, 4])
     """
 
     token_ids: np.ndarray  # i32[n], the stop token included
     logprobs: np.ndarray  # f32[n]
     finish_reason: Literal["stop", "length"]
-    policy_version: int
+    policy_versions: np.ndarray  # i32[n]
 
 
 @dataclass(frozen=True, slots=True)
@@ -152,17 +156,23 @@ class Trajectory:
         return self.termination in ("answered", "ended")
 
     @property
+    def lost(self) -> bool:
+        """Whether it says nothing about the policy: no member of its group's statistics, nor of the loss."""
+        return self.termination in ("infra_error", "deadline")
+
+    @property
     def policy_version_min(self) -> int:
-        return min((turn.completion.policy_version for turn in self.turns), default=-1)
+        """Of the weights that drew its tokens; -1 where there are none."""
+        return min((int(v) for turn in self.turns for v in turn.completion.policy_versions), default=-1)
 
     @property
     def policy_version_max(self) -> int:
-        return max((turn.completion.policy_version for turn in self.turns), default=-1)
+        return max((int(v) for turn in self.turns for v in turn.completion.policy_versions), default=-1)
 
 
 @dataclass(frozen=True, slots=True)
 class Group:
-    """The sibling trajectories of one task; `infra_error` siblings are already left out.
+    """The sibling trajectories of one task; lost siblings are already left out.
 
     Example: Group(task, (t0, t1), rewards=f32[1.2, 0.], advantages=f32[1., -1.])
     """
@@ -188,6 +198,8 @@ class Sample:
     advantage: float
     num_copies: int = 1
     """How many identical siblings this sample stands for; it weighs their loss tokens."""
+    policy_versions: np.ndarray | None = None
+    """i32[n], of the weights that drew each token, -1 where loss_mask is False; None: nothing was sampled (SFT)."""
 
     @property
     def prompt_length(self) -> int:

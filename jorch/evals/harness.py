@@ -8,16 +8,18 @@ from contextlib import closing
 from pathlib import Path
 from typing import Any
 
-from jorch.config import EvalConfig
+from jorch.config import EndpointConfig, EvalConfig
 from jorch.data.tasks import read_jsonl
 from jorch.evals import baselines, tables
+from jorch.evals.chat_endpoint import ChatEndpoint
+from jorch.evals.chat_policy import play_chat
 from jorch.evals.metrics import summarise
 from jorch.export import pretrained
 from jorch.metrics import stage
 from jorch.rollout.driver import Driver
 from jorch.rollout.outcomes import EvalRow, trajectory_row
 from jorch.rollout.server_process import tool_server
-from jorch.rollout.tool_client import ToolClient
+from jorch.rollout.tool_client import ToolClient, ToolServerDown
 from jorch.run_folder import atomic_write, open_run_folder
 from jorch.serving.samplers import make_sampler
 from jorch.sharding import make_mesh
@@ -74,12 +76,29 @@ async def _play(config: EvalConfig, tasks: list[Task], url: str, folder: Path) -
                 rows = await play_gold(tasks, tools, _CONCURRENCY)
                 progress.advance(len(tasks))
             return {"gold": summarise(rows)}
+        if config.endpoint is not None:
+            return {"model": await _play_endpoint(config, config.endpoint, tasks, tools)}
         driver = make_driver(config, tools, folder)
         with closing(driver.sampler):
             results = {"model": await evaluate(driver, tasks, config.temperatures, config.seed, "model")}
         if config.baselines:
             results["baselines"] = await play_baselines(tasks, tools, config.seed)
         return results
+
+
+async def _play_endpoint(
+    config: EvalConfig, section: EndpointConfig, tasks: list[Task], tools: ToolClient
+) -> dict[str, Any]:
+    rollout = config.rollout
+    async with ChatEndpoint(section, timeout_s=rollout.call_timeout_s, retries=rollout.call_retries) as endpoint:
+        summaries = []
+        for temperature in config.temperatures:
+            with stage(f"{endpoint.model}, T = {temperature:g}"[:23], len(tasks)) as progress:
+                rows = await play_chat(tasks, tools, endpoint, config, temperature, progress.advance)
+            if not rows:
+                raise ToolServerDown(f"tool server {tools.url} lost all sessions: it was restarted")
+            summaries.append(summarise(rows))
+    return _with_further(summaries, config.temperatures)
 
 
 def make_driver(config: EvalConfig, tools: ToolClient, run_folder: Path) -> Driver:
@@ -103,6 +122,10 @@ async def evaluate(
         summarise(await play(driver, tasks, temperature, seed, f"{name}, T = {temperature:g}"))
         for temperature in temperatures
     ]
+    return _with_further(summaries, temperatures)
+
+
+def _with_further(summaries: Sequence[dict[str, Any]], temperatures: Sequence[float]) -> dict[str, Any]:
     further = zip(temperatures[1:], summaries[1:], strict=True)
     return summaries[0] | {f"temperature_{temperature:g}": summary for temperature, summary in further}
 
@@ -118,7 +141,7 @@ async def play(driver: Driver, tasks: Sequence[Task], temperature: float, seed: 
             rows += [
                 trajectory_row(task, trajectory)
                 for task, (trajectory,) in zip(part, groups, strict=True)
-                if trajectory.termination != "infra_error"
+                if not trajectory.lost
             ]
             lost = {"lost": start + len(part) - len(rows)} if len(rows) < start + len(part) else {}
             progress.advance(len(part), accuracy=sum(row.accuracy for row in rows) / len(rows), **lost)

@@ -1,14 +1,15 @@
 """The RL stage: rollouts, group rewards, packing, one policy update, new weights to the sampler; and again.
 
 The whole of a step is a function of (config, step, state): tasks, sampling noise and order derive from the seed and the
-step's number. So a resumed run repeats exactly what an uninterrupted one would have done.
+step's number. So a resumed run repeats exactly what an uninterrupted one would have done. With `max_policy_lag` the
+rollouts go on beside the updates (`rollout_process.py`): which weights draw which token then depends on time, and a
+resumed run goes on from the same state and the same number of groups, but not bit by bit.
 """
 
 import asyncio
 import itertools
 import time
-from collections.abc import Callable, Iterator
-from contextlib import closing, contextmanager
+from contextlib import closing
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -19,14 +20,12 @@ import numpy as np
 import optax
 from jax.sharding import Mesh
 
-from jorch.checkpoint import Checkpoints, base_meta, check_base, describe
+from jorch.checkpoint import Checkpoints, check_base, describe
 from jorch.config import RlConfig, ServerSection
 from jorch.data.chat import render_observation
 from jorch.data.packing import fill_fraction, pack
 from jorch.data.tasks import TaskStream, read_jsonl
-from jorch.data.tokenizer import Tokenizer
 from jorch.export import hf, pretrained
-from jorch.metrics import MetricWriter, Stage, stage
 from jorch.model import lora
 from jorch.model.transformer import Params, Trainable
 from jorch.processes import (
@@ -40,16 +39,18 @@ from jorch.processes import (
 )
 from jorch.rl.advantages import keeps_group
 from jorch.rl.losses import policy_loss
-from jorch.rl.report import TrajectoryLog, rollout_metrics
-from jorch.rl.rewards import score_group
+from jorch.rl.records import Records
+from jorch.rl.report import rollout_metrics
+from jorch.rl.rewards import is_scorable, score_group
+from jorch.rl.rollout_process import Job, RolloutProcess
 from jorch.rl.samples import from_group
 from jorch.rollout.driver import Driver, probe
 from jorch.rollout.sampler import Sampler
 from jorch.rollout.server_process import tool_server
 from jorch.rollout.tool_client import ToolClient
-from jorch.serving.samplers import make_sampler
+from jorch.rollout.vllm_sampler import VllmSampler
+from jorch.serving.samplers import Weights, make_sampler, weights_folder
 from jorch.sharding import make_mesh, shard_batch
-from jorch.stopping import Terminated, on_sigterm
 from jorch.train.optimizer import make_optimizer
 from jorch.train.state import TrainState, abstract_state, init_state
 from jorch.train.step import TrainStep, make_logprobs_fn, make_train_step
@@ -159,17 +160,32 @@ def train(
 
     Raises Terminated after SIGTERM, with a checkpoint of the last step.
     """
+    _check_lag(config)
     mesh = make_mesh(config.mesh)
     if is_writer():
         hf.save_architecture(folder, start.model.config, start.tokenizer)
     learner = make_learner(config, mesh, start)
     with Checkpoints(folder / "checkpoints", config.checkpoint) as checkpoints:
-        first_step = _restore(learner, checkpoints, start)
+        first_step, num_groups = _restore(learner, checkpoints, start)
         sampler.publish(to_host(learner.params), first_step)
-        asyncio.run(_train(config, folder, tasks, start, learner, sampler, checkpoints, url))
+        with Records(config, folder, start, learner.frozen, checkpoints, first_step) as records:
+            if config.max_policy_lag:
+                _train_beside_rollouts(config, folder, tasks, start, learner, sampler, records, url, num_groups)
+            else:
+                asyncio.run(_train(config, tasks, start, learner, sampler, records, url))
     params = to_host(learner.params)
     if is_writer():
         hf.save(folder / "model", start.model.config, params, start.tokenizer)
+
+
+def _check_lag(config: RlConfig) -> None:
+    if config.max_policy_lag and jax.process_count() > 1:
+        raise ValueError(f"max_policy_lag={config.max_policy_lag} needs a trainer of one process: set it to 0")
+    if config.max_policy_lag and config.sampler.vllm is None and jax.default_backend() != "cpu":
+        raise ValueError(
+            f"max_policy_lag={config.max_policy_lag}: two processes cannot share an accelerator; sample with vLLM "
+            "(sampler.vllm), or set max_policy_lag=0"
+        )
 
 
 def make_learner(config: RlConfig, mesh: Mesh, start: pretrained.Pretrained) -> Learner:
@@ -190,72 +206,63 @@ def make_learner(config: RlConfig, mesh: Mesh, start: pretrained.Pretrained) -> 
     )
 
 
-def _restore(learner: Learner, checkpoints: Checkpoints, start: pretrained.Pretrained) -> int:
-    """Continue from the newest checkpoint, if there is one; the step to go on with."""
+def _restore(learner: Learner, checkpoints: Checkpoints, start: pretrained.Pretrained) -> tuple[int, int]:
+    """Continue from the newest checkpoint, if there is one: the step to go on with, and groups used up so far."""
     if checkpoints.latest_step() is None:
-        return 0
+        return 0, 0
     config = learner.config
     wanted = abstract_state(learner.model, learner.optimizer, learner.mesh)
     here = describe(config, start.model.config, start.tokenizer.digest)
     learner.state, meta, step = checkpoints.restore(wanted, here)
     check_base(meta, config.init_from, learner.frozen)
-    return step
+    return step, meta["data_position"]
 
 
-async def _train(
+def _train_beside_rollouts(
     config: RlConfig,
     folder: Path,
     tasks: list[Task],
     start: pretrained.Pretrained,
     learner: Learner,
     sampler: Sampler,
-    checkpoints: Checkpoints,
+    records: Records,
+    url: str,
+    num_groups: int,
+) -> None:
+    """Updates here, rollouts in a process of their own; `sampler` gets the final weights only."""
+    first_step = records.first_step
+    urls = sampler.urls if isinstance(sampler, VllmSampler) else ()
+    weights = Weights(start, weights_folder(config.sampler, folder), config.sampler)
+    job = Job(config, folder, url, tuple(urls), weights.write(learner.params, first_step))
+    with RolloutProcess(job, TaskStream(tasks, 1, config.seed), first_step, num_groups) as rollouts:
+        records.begin(learner.state, num_groups)
+        for step in range(first_step, config.steps):
+            began = time.perf_counter()
+            taken, trajectories, queue_metrics = rollouts.take(step)
+            metrics, groups = learn(config, step, taken, trajectories, learner)
+            rollouts.publish(weights.write(learner.params, step + 1), step + 1)
+            metrics |= queue_metrics | {"time/step_s": time.perf_counter() - began}
+            records.write(step, learner.state, metrics, groups, rollouts.num_used)
+    sampler.publish(learner.params, config.steps)
+
+
+async def _train(
+    config: RlConfig,
+    tasks: list[Task],
+    start: pretrained.Pretrained,
+    learner: Learner,
+    sampler: Sampler,
+    records: Records,
     url: str,
 ) -> None:
-    first_step = sampler.policy_version
     stream = TaskStream(tasks, config.tasks_per_step, config.seed)
-    meta = describe(config, start.model.config, start.tokenizer.digest)
-    meta |= base_meta(config.init_from, learner.frozen)
     async with ToolClient(url, timeout_s=config.rollout.call_timeout_s, retries=config.rollout.call_retries) as tools:
         driver = Driver(sampler, tools, start.tokenizer, config.chat, config.rollout)
         sampler.warm_up(len(start.tokenizer.encode(render_observation(["output"], config.chat.style))))
-        position = {"data_position": first_step * config.tasks_per_step}
-        checkpoints.save(first_step, learner.state, meta | position, force=True)
-        with (
-            _log(config, folder, first_step, start.tokenizer) as log,
-            stage("reinforcement learning", config.steps) as progress,
-            on_sigterm() as told_to_end,
-        ):
-            progress.advance(first_step)
-            for step in range(first_step, config.steps):
-                batch_tasks = stream.batch(step)
-                metrics, groups = await take_step(config, step, batch_tasks, driver, sampler, learner)
-                log(step, metrics, groups)
-                ends, is_last = told_to_end(step + 1), step + 1 == config.steps
-                position = {"data_position": (step + 1) * config.tasks_per_step}
-                checkpoints.save(step + 1, learner.state, meta | position, metrics=metrics, force=ends or is_last)
-                _advance(progress, metrics)
-                if ends and not is_last:
-                    checkpoints.wait()
-                    raise Terminated(f"stopped by SIGTERM after step {step}, which is saved")
-
-
-@contextmanager
-def _log(
-    config: RlConfig, folder: Path, first_step: int, tokenizer: Tokenizer
-) -> Iterator[Callable[[int, dict[str, float], list[Group]], None]]:
-    """A function that writes down a step's metrics and some of its trajectories, in the one process that does."""
-    if not is_writer():
-        yield lambda step, metrics, groups: None
-        return
-    trajectories = TrajectoryLog(folder, first_step, tokenizer, config.log_trajectories)
-    with MetricWriter(folder, first_step) as writer, trajectories:
-
-        def write(step: int, metrics: dict[str, float], groups: list[Group]) -> None:
-            writer.write(step, metrics)
-            trajectories.write(step, groups)
-
-        yield write
+        records.begin(learner.state, records.first_step * config.tasks_per_step)
+        for step in range(records.first_step, config.steps):
+            metrics, groups = await take_step(config, step, stream.batch(step), driver, sampler, learner)
+            records.write(step, learner.state, metrics, groups, (step + 1) * config.tasks_per_step)
 
 
 async def take_step(
@@ -275,26 +282,39 @@ async def take_step(
     )
     trajectories = gather(played)
     rolled_out = time.perf_counter()
+    metrics, groups = learn(config, step, tasks, trajectories, learner)
+    sampler.publish(to_host(learner.params), step + 1)
+    sample_s = sampler.stats.busy_s - busy_s
+    metrics |= {
+        "time/step_s": time.perf_counter() - began,
+        "time/sample_s": sample_s,
+        "time/tools_s": rolled_out - began - sample_s,
+    }
+    return metrics, groups
+
+
+def learn(
+    config: RlConfig, step: int, tasks: list[Task], trajectories: list[list[Trajectory]], learner: Learner
+) -> tuple[dict[str, float], list[Group]]:
+    """Score the groups of `tasks` and update the policy once; metrics and the scored groups, kept or not.
+
+    Groups of which half is lost are left out.
+    """
+    began = time.perf_counter()
     groups = [
-        score_group(task, present, config.reward, config.algorithm)
+        score_group(task, [t for t in siblings if not t.lost], config.reward, config.algorithm)
         for task, siblings in zip(tasks, trajectories, strict=True)
-        if (present := [t for t in siblings if t.termination != "infra_error"])
+        if is_scorable(siblings)
     ]
     kept = [g for g in groups if keeps_group(g.rewards, config.algorithm.min_group_std)]
     scored = time.perf_counter()
     metrics = learner.update(kept)
     _check_finite(metrics, learner, config, step)
-    sampler.publish(to_host(learner.params), step + 1)
-    sample_s = sampler.stats.busy_s - busy_s
-    metrics |= rollout_metrics(groups, _flat(trajectories))
-    metrics |= {
+    metrics |= rollout_metrics(step, groups, _flat(trajectories))
+    return metrics | {
         "group/dropped_fraction": 1.0 - len(kept) / len(tasks),
-        "time/step_s": time.perf_counter() - began,
-        "time/sample_s": sample_s,
-        "time/tools_s": rolled_out - began - sample_s,
-        "time/pack_s": metrics["time/pack_s"] + scored - rolled_out,
-    }
-    return metrics, groups
+        "time/pack_s": metrics["time/pack_s"] + scored - began,
+    }, groups
 
 
 def _check_finite(metrics: dict[str, float], learner: Learner, config: RlConfig, step: int) -> None:
@@ -307,15 +327,6 @@ def _check_finite(metrics: dict[str, float], learner: Learner, config: RlConfig,
             f"step {step}: the gradient was not finite {limit} times in a row "
             f"(loss {metrics['train/loss']}); lower optimizer.learning_rate"
         )
-
-
-def _advance(progress: Stage, metrics: dict[str, float]) -> None:
-    progress.advance(
-        reward=metrics["reward/mean"],
-        accuracy=metrics["rollout/accuracy"],
-        cost_usd=metrics["rollout/cost_usd"],
-        step_s=metrics["time/step_s"],
-    )
 
 
 def _split(samples: list[Sample], num_parts: int) -> list[list[Sample]]:

@@ -13,14 +13,17 @@ from jorch.run_folder import atomic_write, naming, read_jsonl
 from jorch.types import Group, Trajectory
 
 
-def rollout_metrics(groups: Sequence[Group], trajectories: Sequence[Trajectory]) -> dict[str, float]:
-    """Means over a step's trajectories; those lost to infrastructure are only counted."""
+def rollout_metrics(step: int, groups: Sequence[Group], trajectories: Sequence[Trajectory]) -> dict[str, float]:
+    """Means over a step's trajectories; lost ones are only counted."""
     rows = [trajectory_row(g.task, t) for g in groups for t in g.trajectories]
     present = [t for g in groups for t in g.trajectories]
     sampled = [turn.completion for t in present for turn in t.turns]
     followed = [row.followed for row in rows if row.followed is not None]
     logprobs = np.concatenate([c.logprobs for c in sampled]) if sampled else np.zeros(1)
+    lags = step - np.concatenate([c.policy_versions for c in sampled]) if sampled else np.zeros(1)
     metrics = {
+        "policy/lag": float(lags.mean()),
+        "policy/lag_max": float(lags.max()),
         "rollout/infra_error": 1.0 - len(present) / len(trajectories),
         "rollout/sampled_tokens": float(sum(len(c.token_ids) for c in sampled)),
         # At temperature 1 the mean surprise of sampled tokens estimates the entropy without bias.

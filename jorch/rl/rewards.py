@@ -10,6 +10,12 @@ from jorch.types import Group, Task, Trajectory
 from tools_server.rewards import group_rewards
 
 
+def is_scorable(siblings: Sequence[Trajectory]) -> bool:
+    """Whether at least half of a group's siblings, and two, are there: fewer say too little about each other."""
+    num_present = sum(not t.lost for t in siblings)
+    return num_present >= max(2, len(siblings) / 2)
+
+
 def score_group(
     task: Task, trajectories: Sequence[Trajectory], reward: RewardConfig, algorithm: AlgorithmConfig
 ) -> Group:
@@ -19,7 +25,7 @@ def score_group(
     say nothing about the policy: the caller leaves them out.
     """
     assert trajectories, f"task {task.task_id}: no trajectories to score"
-    assert all(t.termination != "infra_error" for t in trajectories), task.task_id
+    assert not any(t.lost for t in trajectories), task.task_id
     rewards = np.array(
         group_rewards(
             [t.outcome for t in trajectories],

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
+from typing import NamedTuple
 
 import numpy as np
 
@@ -9,6 +10,14 @@ from jorch.config import AlgorithmConfig
 from jorch.types import Group, Sample, Trajectory
 
 COPY_TOLERANCE_NATS = 1e-3  # above float32 noise between batch slots, far below a change of policy
+
+
+class Piece(NamedTuple):
+    """What one turn appends to a sample, [n] each."""
+
+    sampled: np.ndarray
+    logprobs: np.ndarray
+    versions: np.ndarray
 
 
 def from_group(group: Group, algorithm: AlgorithmConfig) -> list[Sample]:
@@ -33,7 +42,7 @@ def from_trajectory(trajectory: Trajectory, advantage: float) -> Iterator[Sample
     the trajectory's advantage. Only sampled tokens are trained; forks without any are left out.
     """
     tokens = np.zeros(0, np.int32)
-    pieces: list[tuple[np.ndarray, np.ndarray]] = []  # (loss_mask, logprobs) of what each turn appended
+    pieces: list[Piece] = []
     for turn in trajectory.turns:
         prompt, completion = turn.prompt_token_ids, turn.completion
         assert len(prompt), f"{trajectory.trajectory_id}: a turn without prompt"
@@ -43,15 +52,16 @@ def from_trajectory(trajectory: Trajectory, advantage: float) -> Iterator[Sample
         num_observed = len(prompt) - len(tokens)
         sampled = np.arange(num_observed + len(completion.token_ids)) >= num_observed
         logprobs = np.concatenate([np.zeros(num_observed), completion.logprobs]).astype(np.float32)
-        pieces.append((sampled, logprobs))
+        versions = np.concatenate([np.full(num_observed, -1), completion.policy_versions]).astype(np.int32)
+        pieces.append(Piece(sampled, logprobs, versions))
         tokens = np.concatenate([prompt, completion.token_ids]).astype(np.int32)
     yield from _close(tokens, pieces, advantage)
 
 
-def _close(tokens: np.ndarray, pieces: list[tuple[np.ndarray, np.ndarray]], advantage: float) -> Iterator[Sample]:
-    if any(sampled.any() for sampled, _ in pieces):
-        loss_mask = np.concatenate([sampled for sampled, _ in pieces])
-        yield Sample(tokens, loss_mask, np.concatenate([logprobs for _, logprobs in pieces]), advantage)
+def _close(tokens: np.ndarray, pieces: list[Piece], advantage: float) -> Iterator[Sample]:
+    if any(piece.sampled.any() for piece in pieces):
+        sampled, logprobs, versions = (np.concatenate(part) for part in zip(*pieces, strict=True))
+        yield Sample(tokens, sampled, logprobs, advantage, policy_versions=versions)
 
 
 def merge_copies(samples: Iterable[Sample]) -> list[Sample]:
@@ -60,9 +70,10 @@ def merge_copies(samples: Iterable[Sample]) -> list[Sample]:
     Losses are linear in a token's weight and copies have the same loss, so k copies equal one of weight k.
     Siblings that agree in tokens but not in logprobs were sampled by different weights and stay apart.
     """
-    merged: dict[tuple[bytes, bytes, float], list[Sample]] = {}
+    merged: dict[tuple[bytes, bytes, bytes, float], list[Sample]] = {}
     for sample in samples:
-        key = (sample.token_ids.tobytes(), sample.loss_mask.tobytes(), sample.advantage)
+        versions = b"" if sample.policy_versions is None else sample.policy_versions.tobytes()
+        key = (sample.token_ids.tobytes(), sample.loss_mask.tobytes(), versions, sample.advantage)
         twins = merged.setdefault(key, [])
         for i, twin in enumerate(twins):
             if np.allclose(twin.logprobs, sample.logprobs, rtol=0, atol=COPY_TOLERANCE_NATS):

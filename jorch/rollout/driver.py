@@ -52,6 +52,20 @@ async def probe(tools: ToolClient, tasks: Sequence[Task]) -> None:
         await tools.finish(session_id)
 
 
+def all_lost(
+    url: str, what: str, groups: Sequence[Sequence[Trajectory]], group_deadline_s: float | None
+) -> ConnectionError:
+    """Why a run cannot go on of whose trajectories none is left; `what` says which they were."""
+    if any(t.termination == "deadline" for siblings in groups for t in siblings):
+        return ConnectionError(
+            f"no trajectory of {what} was done within rollout.group_deadline_s={group_deadline_s}: see what the tools "
+            f"of {url} and the sampler wait for, or start a run that allows more"
+        )
+    return ToolServerDown(
+        f"tool server {url} lost all sessions of {what}: it was restarted, or what its tools need is down"
+    )
+
+
 class SessionLost(Exception):
     """The tool server forgot a session, or what stands behind it failed: the attempt says nothing about the policy."""
 
@@ -92,32 +106,60 @@ class Driver:
             ToolServerDown: the server is gone after all retries, or has lost every session.
             ValueError: the server refuses a task.
         """
-        for texts_of_an_earlier_step in (self._prompts, self._observations, self._parsed):
-            texts_of_an_earlier_step.clear()
         ids = [
             [f"{run_id}/{position}/{task.task_id}/{i}" for i in range(group_size)]
             for position, task in enumerate(tasks, first_position)
         ]
-        self.sampler.expect(list(itertools.chain.from_iterable(ids)))
+        self.announce(ids)
         try:
             async with self.sampler.connected(), asyncio.TaskGroup() as running:
                 groups = [
-                    [
-                        running.create_task(self.run_task(task, trajectory_id, seed, temperature))
-                        for trajectory_id in siblings
-                    ]
+                    running.create_task(self.run_group(task, siblings, seed, temperature))
                     for task, siblings in zip(tasks, ids, strict=True)
                 ]
         except BaseExceptionGroup as failures:
             # Hundreds of trajectories fail of one cause: the first says it all.
             raise failures.exceptions[0] from None
-        results = [[task.result() for task in siblings] for siblings in groups]
-        if all(t.termination == "infra_error" for siblings in results for t in siblings):
-            raise ToolServerDown(
-                f"tool server {self.tools.url} lost all sessions of {run_id}: it was restarted, or what its tools "
-                "need is down"
-            )
+        results = [group.result() for group in groups]
+        if all(t.lost for siblings in results for t in siblings):
+            raise all_lost(self.tools.url, run_id, results, self.config.group_deadline_s)
         return results
+
+    def announce(self, ids: Sequence[Sequence[str]]) -> None:
+        """Tell the sampler of the trajectories of groups that `run_group` is about to run."""
+        for texts_of_earlier_groups in (self._prompts, self._observations, self._parsed):
+            texts_of_earlier_groups.clear()
+        self.sampler.expect(list(itertools.chain.from_iterable(ids)))
+
+    async def run_group(
+        self, task: Task, trajectory_ids: Sequence[str], seed: int, temperature: float
+    ) -> list[Trajectory]:
+        """The sibling trajectories of one task, in order.
+
+        Those that are not done after `group_deadline_s` are named, given up, and end as "deadline". Raises as
+        `run_groups`, but for a server that has lost every session.
+        """
+        siblings = [
+            asyncio.create_task(self.run_task(task, trajectory_id, seed, temperature))
+            for trajectory_id in trajectory_ids
+        ]
+        try:
+            done, _ = await asyncio.wait(
+                siblings, timeout=self.config.group_deadline_s, return_when=asyncio.FIRST_EXCEPTION
+            )
+            late = [trajectory_id for trajectory_id, s in zip(trajectory_ids, siblings, strict=True) if s not in done]
+            for sibling in done:
+                sibling.result()  # raises what it raised
+        finally:
+            for sibling in siblings:
+                sibling.cancel()
+            await asyncio.gather(*siblings, return_exceptions=True)
+        if late:
+            print(f"not done after {self.config.group_deadline_s:g} s, left out: {', '.join(late)}", flush=True)
+        return [
+            _lost(task, trajectory_id, "deadline") if trajectory_id in late else sibling.result()
+            for trajectory_id, sibling in zip(trajectory_ids, siblings, strict=True)
+        ]
 
     async def run_task(self, task: Task, trajectory_id: str, seed: int, temperature: float) -> Trajectory:
         """One trajectory; after an infrastructure failure a fresh attempt, as often as the config allows."""
@@ -129,7 +171,7 @@ class Driver:
                 except SessionLost:
                     self.sampler.release(trajectory_id)
                     await self.tools.finish(session_id)  # the server counts the failure, and keeps no place for it
-            return Trajectory(task.task_id, trajectory_id, (), "infra_error", 0.0, 0, 0.0, 0.0, {})
+            return _lost(task, trajectory_id, "infra_error")
         finally:
             self.sampler.release(trajectory_id)
 
@@ -274,6 +316,10 @@ def _replies(calls: Sequence[ToolCall], results: Sequence[ToolResult]) -> list[d
         {"role": "user" if to_user and result.error is None else "tool", "content": result.content}
         for to_user, result in zip(to_user, results, strict=True)
     ]
+
+
+def _lost(task: Task, trajectory_id: str, termination: Termination) -> Trajectory:
+    return Trajectory(task.task_id, trajectory_id, (), termination, 0.0, 0, 0.0, 0.0, {})
 
 
 def _derive_seed(seed: int, name: str) -> int:

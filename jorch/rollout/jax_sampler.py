@@ -23,7 +23,11 @@ from jorch.types import Completion, CompletionRequest
 
 @dataclass
 class JaxSampler:
-    """A `Sampler` on this process's devices. The weights are replaced between steps by `publish`."""
+    """A `Sampler` on this process's devices.
+
+    New weights take effect at each lane's next wave. Trajectories under way go on with the keys and values that earlier
+    weights computed; what a token was really drawn with is what its log-probability says.
+    """
 
     model: Qwen3
     params: InitVar[Params]
@@ -31,22 +35,24 @@ class JaxSampler:
     max_tokens: int
     """Bound on the tokens of one completion; part of the compiled program."""
     stop_id: int
+    batches: int = 1
+    """Announced batches that may be under way side by side, each in `config.lanes` lanes of its own."""
     policy_version: int = 0
     stats: SamplerStats = field(default_factory=SamplerStats)
 
     def __post_init__(self, params: Params) -> None:
         self.max_context_tokens = self.config.max_context_tokens
         self.decoder = Decoder(self.model, self.max_tokens, self.stop_id)
-        self.weights = self.decoder.prepare(params)
+        self.current = (self.decoder.prepare(params), self.policy_version)
         self.lane_rows = -(-self.config.max_rows // self.config.lanes)
-        self._lanes = [_Lane(self, self._new_batch()) for _ in range(self.config.lanes)]
+        self._lanes = [_Lane(self, self._new_batch()) for _ in range(self.config.lanes * self.batches)]
         self._lane_of: dict[str, _Lane] = {}
         self.threads = ThreadPoolExecutor(self.config.lanes, thread_name_prefix="sampler")
 
     def publish(self, params: Params, policy_version: int) -> None:
-        """Sample from these weights from now on. Call it between steps, when no trajectory is live."""
-        assert not self._lane_of, "weights change only between generations: a cache belongs to its weights"
-        self.weights, self.policy_version = self.decoder.prepare(params), policy_version
+        """Sample from these weights from the next waves on. May be called from another thread."""
+        self.current = (self.decoder.prepare(params), policy_version)  # one assignment: waves read it in their threads
+        self.policy_version = policy_version
 
     def close(self) -> None:
         self.threads.shutdown(wait=True, cancel_futures=True)
@@ -57,16 +63,20 @@ class JaxSampler:
         Args:
             append_tokens: expected length of an observation; other lengths compile when they first occur.
         """
-        self._new_batch().warm_up(self.weights, append_tokens)
+        self._new_batch().warm_up(self.current[0], append_tokens)
 
     def connected(self) -> AbstractAsyncContextManager[object]:
         return nullcontext()
 
     def expect(self, trajectory_ids: Sequence[str]) -> None:
-        """Dealt by their number alone, so that the same run makes the same batches; siblings stay together."""
-        share = max(1, min(self.lane_rows, -(-len(trajectory_ids) // len(self._lanes))))
+        """Dealt by their number alone, so that the same run makes the same batches; siblings stay together.
+
+        Idle lanes come first: one that is at work admits nobody before its generation is over.
+        """
+        lanes = [lane for lane in self._lanes if lane.is_idle][: self.config.lanes] or self._lanes
+        share = max(1, min(self.lane_rows, -(-len(trajectory_ids) // len(lanes))))
         for number, trajectory_id in enumerate(trajectory_ids):
-            lane = self._lanes[number // share % len(self._lanes)]
+            lane = lanes[number // share % len(lanes)]
             self._lane_of[trajectory_id] = lane
             lane.waiting.setdefault(trajectory_id)
         for lane in self._lanes:
@@ -122,6 +132,10 @@ class _Lane:
         self._early: dict[str, tuple[CompletionRequest, asyncio.Future[Completion]]] = {}
         self._timer: asyncio.TimerHandle | None = None
         self._wave: asyncio.Task[None] | None = None
+
+    @property
+    def is_idle(self) -> bool:
+        return not (self.rows or self.waiting or self._wave)
 
     def ask(self, request: CompletionRequest) -> asyncio.Future[Completion]:
         answer: asyncio.Future[Completion] = asyncio.get_running_loop().create_future()
@@ -191,7 +205,7 @@ class _Lane:
 
     def _decode(self, rows: list[_Row], live: list[_Row]) -> list[Completion]:
         with self._sampler.stats.wave():
-            weights, batch = self._sampler.weights, self._batch
+            (weights, version), batch = self._sampler.current, self._batch
             requests = [row.request for row in rows if row.request]
             [temperature] = {request.temperature for request in requests}
             anew = batch.is_empty or not all(map(_extends_cache, rows))
@@ -208,13 +222,16 @@ class _Lane:
             sampled = batch.decode(weights, turns, temperature)
         self._sampler.stats.count(sum(len(ids) for ids, _ in sampled.values()))
         return [
-            self._completion(row, request, *sampled[row.index]) for row, request in zip(rows, requests, strict=True)
+            self._completion(row, request, *sampled[row.index], version)
+            for row, request in zip(rows, requests, strict=True)
         ]
 
-    def _completion(self, row: _Row, request: CompletionRequest, ids: np.ndarray, logprobs: np.ndarray) -> Completion:
+    def _completion(
+        self, row: _Row, request: CompletionRequest, ids: np.ndarray, logprobs: np.ndarray, version: int
+    ) -> Completion:
         row.cached_ids = np.concatenate([request.prompt_token_ids, ids])
         reason = "stop" if len(ids) and ids[-1] == self._sampler.stop_id else "length"
-        return Completion(ids, logprobs, reason, self._sampler.policy_version)
+        return Completion(ids, logprobs, reason, np.full(len(ids), version, np.int32))
 
 
 def _extends_cache(row: _Row) -> bool:

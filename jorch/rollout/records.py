@@ -15,7 +15,7 @@ def trajectory_record(
     """A trajectory as one JSON object: what was read, sampled, called and observed, and how it was judged.
 
     Args:
-        reward: 0 where the trajectory got none (an `infra_error`).
+        reward: 0 where the trajectory got none (it was lost).
         texts: the decoded first prompt, then the decoded completion of every turn.
     """
     assert len(texts) == 1 + len(trajectory.turns), (len(texts), len(trajectory.turns))
@@ -44,6 +44,7 @@ def _turn_record(turn: Turn, text: str) -> dict[str, Any]:
         "num_tokens": len(turn.completion.token_ids),
         "token_ids": turn.completion.token_ids.tolist(),
         "logprobs": turn.completion.logprobs.tolist(),
+        "policy_versions": turn.completion.policy_versions.tolist(),
     }
 
 

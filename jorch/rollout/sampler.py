@@ -34,7 +34,7 @@ class Sampler(Protocol):
         ...
 
     def publish(self, params: Any, policy_version: int) -> None:
-        """Sample from these parameters from now on. Called between steps, when no trajectory is live."""
+        """Sample from these parameters from now on; trajectories under way go on with them. Blocks."""
         ...
 
     def warm_up(self, append_tokens: int) -> None:

@@ -9,6 +9,7 @@ import json
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import aiohttp
@@ -23,8 +24,10 @@ BACKOFF_S = 0.2
 _MAX_BACKOFF_S = 5.0
 _MODEL = "policy"
 
-Publish = Callable[[Any, int, list[str]], dict[str, str]]
-"""(params, policy version, urls) -> what went wrong, by url."""
+Write = Callable[[Any, int], Path]
+"""(params, policy version) -> a folder with them that the servers can read."""
+Push = Callable[[Path, int, list[str]], dict[str, str]]
+"""(that folder, policy version, urls) -> what went wrong, by url."""
 
 
 class SamplerDown(ConnectionError):
@@ -33,12 +36,13 @@ class SamplerDown(ConnectionError):
 
 @dataclass
 class VllmSampler:
-    """Sampler of token ids over HTTP; `publish_weights` brings new parameters to the servers."""
+    """Sampler of token ids over HTTP; `write` and `push` bring new parameters to the servers."""
 
     config: SamplerConfig
     urls: Sequence[str]
     stop_id: int
-    publish_weights: Publish
+    write: Write
+    push: Push
     on_close: Callable[[], object] = lambda: None
     policy_version: int = 0
     stats: SamplerStats = field(default_factory=SamplerStats)
@@ -66,8 +70,15 @@ class VllmSampler:
         self._home.pop(trajectory_id, None)
 
     def publish(self, params: Any, policy_version: int) -> None:
-        """Servers that do not take the weights leave the rotation. Raises SamplerDown where none is left."""
-        for url, problem in self.publish_weights(params, policy_version, list(self._in_flight)).items():
+        """Raises as `publish_folder`."""
+        self.publish_folder(self.write(params, policy_version), policy_version)
+
+    def publish_folder(self, folder: Path, policy_version: int) -> None:
+        """Give the servers the weights in `folder`. May be called from another thread.
+
+        Servers that do not take them leave the rotation. Raises SamplerDown where none is left.
+        """
+        for url, problem in self.push(folder, policy_version, list(self._in_flight)).items():
             self._drop(url, problem)
         if not self._in_flight:
             raise SamplerDown(f"no vLLM server took the weights of version {policy_version}: {self._last_failure}")
@@ -82,17 +93,19 @@ class VllmSampler:
         assert limit > 0, f"{len(request.prompt_token_ids)} prompt tokens leave no room in the context"
         ids: list[int] = []
         logprobs: list[float] = []
+        versions: list[int] = []
         with self.stats.wave():
             while True:
                 choice = await self._ask(request, ids, limit - len(ids))
                 ids += choice["token_ids"]
                 logprobs += [entry["logprob"] for entry in choice["logprobs"]["content"]]
+                versions += _versions(choice)
                 # An aborted answer holds what was drawn until then: go on from there.
                 if choice["finish_reason"] != "abort" or len(ids) >= limit:
                     break
         self.stats.count(len(ids))
         reason = "stop" if ids and ids[-1] == self.stop_id else "length"
-        return Completion(np.array(ids, np.int32), np.array(logprobs, np.float32), reason, self.policy_version)
+        return Completion(np.array(ids, np.int32), np.array(logprobs, np.float32), reason, np.array(versions, np.int32))
 
     async def _ask(self, request: CompletionRequest, sampled: list[int], limit: int) -> dict[str, Any]:
         """One server's choice. Moves on to others, and back, until `request_timeout_s` is over."""
@@ -170,7 +183,8 @@ class VllmSampler:
     def _server_of(self, trajectory_id: str) -> str:
         url = self._home.get(trajectory_id)
         if url not in self._in_flight:
-            url = self._home[trajectory_id] = min(self._in_flight, key=self._in_flight.__getitem__)
+            # A copy: a push in another thread may take one out meanwhile.
+            url = self._home[trajectory_id] = min(dict(self._in_flight).items(), key=lambda item: item[1])[0]
         return url
 
     def _drop(self, url: str, problem: str) -> None:
@@ -178,6 +192,18 @@ class VllmSampler:
         if self._in_flight.pop(url, None) is not None:
             print(f"vLLM at {url} is out of rotation: {problem}", flush=True)
         self._last_failure = problem
+
+
+def _versions(choice: dict[str, Any]) -> list[int]:
+    """The policy version of each token. A server says it in spans, by the names that pushes gave, such as "v12";
+    "default" is what it was started with, version 0.
+    """
+    versions = [0] * len(choice["token_ids"])
+    for span in choice["weight_versions"]:
+        first, end = span["start"], span["end"]
+        number = 0 if span["version"] == "default" else int(span["version"].removeprefix("v"))
+        versions[first:end] = [number] * (end - first)
+    return versions
 
 
 def _line(text: bytes) -> str:

@@ -120,7 +120,8 @@ class ScriptedSampler:
         text = self.script[task_id][number]
         cut = text.endswith("...")
         ids = TOKENIZER.encode(text.removesuffix("...") if cut else text + END)
-        return Completion(ids, np.full(len(ids), -0.5, np.float32), "length" if cut else "stop", self.policy_version)
+        versions = np.full(len(ids), self.policy_version, np.int32)
+        return Completion(ids, np.full(len(ids), -0.5, np.float32), "length" if cut else "stop", versions)
 
     def release(self, trajectory_id):
         self.turns.pop(trajectory_id, None)
@@ -478,3 +479,21 @@ def test_a_long_prompt_loses_its_middle(server):
     whole = TOKENIZER.encode(render_prompt(TASK.messages, TASK.tools, "compact"))
     trajectory = roll_out_one(server, TASK, [call_text(SEARCH)], max_prompt_tokens=11, max_turns=1)
     assert trajectory.turns[0].prompt_token_ids.tolist() == [*whole[:5], *whole[-6:]]
+
+
+def test_who_misses_the_deadline_is_named_and_its_siblings_stay(server, capsys):
+    sampler = ScriptedSampler({TASK.task_id: [call_text(SEARCH), call_text(ANSWER)]})
+    slow = f"step-0/0/{TASK.task_id}/1"
+    never = asyncio.Event()
+
+    async def hold(task_id, number):
+        if number == 1 and sampler.requests[-1].trajectory_id == slow:
+            await never.wait()
+
+    sampler.before_turn = hold
+    [group] = roll_out(server, [TASK], sampler, group_size=3, group_deadline_s=2.0)
+    assert [t.termination for t in group] == ["answered", "deadline", "answered"]
+    assert [t.lost for t in group] == [False, True, False]
+    assert (group[1].trajectory_id, group[1].turns) == (slow, ())
+    assert capsys.readouterr().out == f"not done after 2 s, left out: {slow}\n"
+    assert not sampler.turns, "the sampler may forget all three"

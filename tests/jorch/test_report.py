@@ -41,7 +41,9 @@ def play(task: Task, plan: list[str]) -> Trajectory:
         turns.append(
             Turn(
                 np.arange(40 + 7 * number, dtype=np.int32),
-                Completion(np.array([7, 19, 9, 2], np.int32), np.array([0, -0.7, 0, 0], np.float32), "stop", 3),
+                Completion(
+                    np.array([7, 19, 9, 2], np.int32), np.array([0, -0.7, 0, 0], np.float32), "stop", np.full(4, 3)
+                ),
                 (ToolCall(str(number), expert["function"], {"model": alias}),),
                 (ToolResult(str(number), alias, content, expert["cost_usd"], expert["latency_s"], None, False),),
             )

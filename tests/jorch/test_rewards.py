@@ -21,7 +21,7 @@ trajectories = st.builds(
     task_id=st.just("t"),
     trajectory_id=st.just("t/0"),
     turns=st.just(()),
-    termination=st.sampled_from([name for name in TERMINATIONS if name != "infra_error"]),
+    termination=st.sampled_from([name for name in TERMINATIONS if name not in ("infra_error", "deadline")]),
     outcome=st.sampled_from([0.0, 1.0]),
     num_malformed=st.sampled_from([0, 0, 1]),
     cost_usd=st.sampled_from([0.0, 0.01, 0.03]),

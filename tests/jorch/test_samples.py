@@ -18,9 +18,9 @@ tokens = st.lists(st.integers(0, 2), max_size=3)
 turn_specs = st.lists(st.tuples(st.booleans(), tokens, tokens), max_size=4)
 
 
-def make_turn(prompt: list[int], sampled: list[int]) -> Turn:
+def make_turn(prompt: list[int], sampled: list[int], version: int = 0) -> Turn:
     logprobs = np.array([-0.1 * (i + 1) - 0.01 * token for i, token in enumerate(sampled)], np.float32)
-    completion = Completion(np.array(sampled, np.int32), logprobs, "stop", 0)
+    completion = Completion(np.array(sampled, np.int32), logprobs, "stop", version + np.arange(len(sampled)))
     return Turn(np.array(prompt, np.int32), completion, (), ())
 
 
@@ -145,3 +145,17 @@ def test_identical_siblings_merge_and_others_do_not():
 def test_noise_between_batch_slots_still_merges():
     (merged,) = merge_copies([make_sample([1, 2, 3], logprob=-0.5), make_sample([1, 2, 3], logprob=-0.500001)])
     assert merged.num_copies == 2
+
+
+def test_every_sampled_token_keeps_the_version_of_its_weights():
+    first, second = make_turn([7, 5], [1, 2], version=3), make_turn([7, 5, 1, 2, 6], [0], version=8)
+    trajectory = Trajectory("t", "t/0", (first, second), "answered", 1.0, 0, 0.0, 0.0, {})
+    (sample,) = from_trajectory(trajectory, 1.0)
+    assert sample.policy_versions.tolist() == [-1, -1, 3, 4, -1, 8]
+    assert (trajectory.policy_version_min, trajectory.policy_version_max) == (3, 8)
+
+
+def test_copies_by_other_weights_stay_apart():
+    same, other = (make_turn([7], [1], version) for version in (0, 1))
+    made = [Trajectory("t", "t/0", (turn,), "answered", 1.0, 0, 0.0, 0.0, {}) for turn in (same, same, other)]
+    assert [s.num_copies for s in from_group(make_group(made, [1, 1, 1]), KEEP_ALL)] == [2, 1]

@@ -2,6 +2,7 @@
 
 import asyncio
 from contextlib import asynccontextmanager
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -16,11 +17,21 @@ STOP = 3
 CONTEXT = 20
 
 
-def choice(ids, reason="length"):
+def choice(ids, reason="length", versions=None):
     content = [{"token_id": i, "logprob": -float(i)} for i in ids]
-    return web.json_response(
-        {"choices": [{"index": 0, "finish_reason": reason, "token_ids": ids, "logprobs": {"content": content}}]}
-    )
+    spans = versions or [("default", 0, len(ids))]
+    answer = {
+        "index": 0,
+        "finish_reason": reason,
+        "token_ids": ids,
+        "weight_versions": [{"version": name, "start": first, "end": end} for name, first, end in spans],
+        "logprobs": {"content": content},
+    }
+    return web.json_response({"choices": [answer]})
+
+
+def write(params, version):
+    return Path(f"v{version}")
 
 
 class Server:
@@ -75,7 +86,7 @@ def sample(*servers, requests=1, max_tokens=4, timeout_s=20.0, prompt=(1, 2)):
     async def run():
         async with serving(*servers) as urls:
             config = SamplerConfig(max_context_tokens=CONTEXT, vllm=VllmConfig(request_timeout_s=timeout_s))
-            sampler = VllmSampler(config, urls, STOP, lambda params, version, urls: {})
+            sampler = VllmSampler(config, urls, STOP, write, lambda folder, version, urls: {})
             async with sampler.connected():
                 asked = [
                     CompletionRequest(f"t{i}", np.array(prompt, np.int32), max_tokens, 0.7, 11 + i)
@@ -96,7 +107,7 @@ def test_a_completion_is_what_was_drawn():
     sampler, [completion] = sample(server)
     assert completion.token_ids.tolist() == [5, STOP]
     assert completion.logprobs.tolist() == [-5.0, -3.0]
-    assert (completion.finish_reason, completion.policy_version) == ("stop", 0)
+    assert (completion.finish_reason, completion.policy_versions.tolist()) == ("stop", [0, 0])
     assert sampler.stats.sampled_tokens == 2
     [body] = server.bodies
     assert (body["token_ids"], body["cache_salt"]) == ([1, 2], "v0")
@@ -127,6 +138,17 @@ def test_an_aborted_answer_is_continued():
     assert completion.logprobs.tolist() == [-7.0, -8.0, -5.0, -3.0]
     assert server.bodies[1]["token_ids"] == [1, 2, 7, 8]
     assert server.bodies[1]["sampling_params"]["max_tokens"] == 2
+
+
+def test_each_token_has_the_version_of_the_weights_that_drew_it():
+    before_and_after_a_push = [("v3", 0, 2), ("v4", 2, 3)]
+    server = Server(
+        lambda request: choice([7, 8, 9], "abort", before_and_after_a_push),
+        lambda r: choice([STOP], "stop", [("v5", 0, 1)]),
+    )
+    _, [completion] = sample(server)
+    assert completion.token_ids.tolist() == [7, 8, 9, STOP]
+    assert completion.policy_versions.tolist() == [3, 3, 4, 5]
 
 
 @pytest.mark.parametrize("fault", [error(503), hang_up])
@@ -178,7 +200,7 @@ def test_trajectories_are_spread_and_stay():
 def test_servers_that_refuse_weights_get_no_more_work():
     config = SamplerConfig(max_context_tokens=CONTEXT, vllm=VllmConfig())
     problems = {"http://a": "shape"}
-    sampler = VllmSampler(config, ["http://a", "http://b"], STOP, lambda params, version, urls: problems)
+    sampler = VllmSampler(config, ["http://a", "http://b"], STOP, write, lambda folder, version, urls: problems)
     sampler.publish(None, 4)
     assert (list(sampler._in_flight), sampler.policy_version) == (["http://b"], 4)
     problems["http://b"] = "gone"

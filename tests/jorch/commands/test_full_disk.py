@@ -70,7 +70,9 @@ def fill(folder: Path) -> Path:
 def group() -> Group:
     """One trajectory, long enough to need space."""
     (task,) = miniature.tasks(MiniatureConfig(num_train=1), "train", 0)
-    completion = Completion(np.arange(5000, dtype=np.int32) % 256, np.zeros(5000, np.float32), "stop", 0)
+    completion = Completion(
+        np.arange(5000, dtype=np.int32) % 256, np.zeros(5000, np.float32), "stop", np.zeros(5000, np.int32)
+    )
     turn = Turn(np.zeros(8, np.int32), completion, (), ())
     trajectory = Trajectory(task.task_id, "t", (turn,), "answered", 1.0, 0, 0.01, 2.0, {})
     return Group(task, (trajectory,), np.zeros(1, np.float32), np.zeros(1, np.float32))

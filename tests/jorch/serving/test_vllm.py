@@ -67,7 +67,8 @@ def served(request, tiny_config, random_params, tmp_path_factory):
 
 def vllm_sampler(url, start, folder):
     config = SamplerConfig(max_context_tokens=CONTEXT, vllm=VllmConfig(urls=(url,)))
-    return VllmSampler(config, [url], STOP, Weights(start, folder / "weights", "float32").publish)
+    weights = Weights(start, folder / "weights", config)
+    return VllmSampler(config, [url], STOP, weights.write, weights.push)
 
 
 def jax_sampler(start):
@@ -140,7 +141,7 @@ def test_pushed_weights_are_sampled_from_at_once(served, qwen3_logits):
         assert len(asyncio.run(run())) == 16
         played = play(sampler, 1.0)
         check(played, start, changed, qwen3_logits)
-        assert {c.policy_version for _, c in played} == {version}
+        assert {v for _, c in played for v in c.policy_versions.tolist()} == {version}
     sampler.publish(start.params, 3)
     check(play(sampler, 1.0), start, start.params, qwen3_logits)
 
@@ -244,7 +245,8 @@ def test_a_server_that_is_killed_in_a_step_costs_nothing(tiny_config, random_par
     with vllm_server(options, tmp_path / "vllm.log") as second:
         config = SamplerConfig(max_context_tokens=CONTEXT, vllm=VllmConfig(urls=(url, second)))
         unlikely = start.model.config.vocab_size - 1
-        sampler = VllmSampler(config, [url, second], unlikely, Weights(start, folder / "weights", "float32").publish)
+        weights = Weights(start, folder / "weights", config)
+        sampler = VllmSampler(config, [url, second], unlikely, weights.write, weights.push)
         sampler.publish(start.params, 7)
         rng = np.random.default_rng(2)
         prompts = [rng.integers(4, 300, 20).astype(np.int32) for _ in range(24)]
