@@ -4,7 +4,7 @@ One model per stage: SftConfig, RlConfig, EvalConfig, QuickstartConfig. A YAML f
 overrides on the command line change single keys (`config_io.py`). Units stand in the names.
 """
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, model_validator
 
@@ -16,6 +16,11 @@ class Section(BaseModel):
 
 
 Remat = Literal["none", "full", "save_attention", "offload"]
+_REMAT = (
+    "what the backward pass recomputes. full: layers, from their inputs; save_attention: all of them but attention; "
+    "offload: as full, with the inputs in the host's memory"
+)
+RematKey = Annotated[Remat, Field(description=_REMAT)]
 
 
 class ModelConfig(Section):
@@ -34,11 +39,7 @@ class ModelConfig(Section):
     max_position_embeddings: PositiveInt = Field(default=40960, description="longest sequence, tokens")
     param_dtype: Literal["float32", "bfloat16"] = Field(default="float32", description="of stored parameters")
     compute_dtype: Literal["float32", "bfloat16"] = Field(default="float32", description="of activations")
-    remat: Remat = Field(
-        default="none",
-        description="what the backward pass recomputes. full: layers, from their inputs; save_attention: all of them "
-        "but attention; offload: as full, with the inputs in the host's memory",
-    )
+    remat: RematKey = "none"
 
     def architecture(self) -> dict[str, Any]:
         """What makes two models the same, whatever they are computed in."""
@@ -339,11 +340,7 @@ class RlConfig(Section):
     log_trajectories: int = Field(default=2, ge=0, description="groups written to trajectories.jsonl per step")
     param_dtype: Literal["float32", "bfloat16"] = Field(default="float32", description="of the trained parameters")
     compute_dtype: Literal["float32", "bfloat16"] = Field(default="float32", description="of activations")
-    remat: Remat = Field(
-        default="none",
-        description="what the backward pass recomputes. full: layers, from their inputs; save_attention: all of them "
-        "but attention; offload: as full, with the inputs in the host's memory",
-    )
+    remat: RematKey = "none"
 
     @model_validator(mode="after")
     def _fits(self) -> "RlConfig":
