@@ -12,7 +12,7 @@ from typing import Any, NoReturn, get_args
 from pydantic import BaseModel
 
 import jorch
-from jorch import config, config_help, config_io
+from jorch import config, config_help, config_io, sections
 
 ABOUT = {
     "quickstart": "the whole loop on the miniature world, in minutes on a CPU",
@@ -127,7 +127,7 @@ def _plain_parser(command: str) -> argparse.ArgumentParser:
         parser.add_argument("--layers", type=_positive, metavar="L", help=layers)
         parser.add_argument("--lora", action="store_true", help="train: an adapter of rank 16 on frozen weights")
         remat = "train: what the backward pass recomputes (default: full)"
-        parser.add_argument("--remat", choices=get_args(config.Remat), default="full", help=remat)
+        parser.add_argument("--remat", choices=get_args(sections.Remat), default="full", help=remat)
     return parser
 
 

@@ -25,7 +25,7 @@ from rich.console import Console
 from rich.table import Table
 
 from jorch import config_io
-from jorch.config import MiniatureConfig, QuickstartConfig, RlConfig
+from jorch.config import QuickstartConfig, RlConfig
 from jorch.data.tasks import TaskStream
 from jorch.export import hf, pretrained
 from jorch.metrics import stage
@@ -36,6 +36,7 @@ from jorch.rollout.sampler import Sampler
 from jorch.rollout.server_process import start_tool_server
 from jorch.rollout.tool_client import ToolClient
 from jorch.run_folder import atomic_write
+from jorch.sections import MiniatureConfig
 from jorch.serving.samplers import make_sampler
 from jorch.sharding import make_mesh
 from jorch.synth import miniature

@@ -26,9 +26,10 @@ import jax
 import jax.numpy as jnp
 from orbax.checkpoint import v1 as ocp
 
-from jorch.config import CheckpointConfig, ModelConfig, RlConfig, SftConfig
+from jorch.config import RlConfig, SftConfig
 from jorch.metrics import METRICS
 from jorch.run_folder import naming
+from jorch.sections import CheckpointConfig, ModelConfig
 
 _CHECKSUM = "checksum"
 _CONCURRENT_BYTES = 8 * 2**30

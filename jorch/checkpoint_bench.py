@@ -15,9 +15,9 @@ from rich.console import Console
 from rich.table import Table
 
 from jorch.checkpoint import Checkpoints
-from jorch.config import CheckpointConfig, MeshConfig
 from jorch.metrics import stage
 from jorch.run_folder import atomic_write
+from jorch.sections import CheckpointConfig, MeshConfig
 from jorch.sharding import make_mesh, sharding
 from jorch.versions import versions
 

@@ -4,7 +4,7 @@ A multiply-add is two operations; the backward pass costs twice the forward pass
 recomputation is not counted, and neither are norms, rotary embeddings and softmax. Needs no jax.
 """
 
-from jorch.config import LoraConfig, ModelConfig
+from jorch.sections import LoraConfig, ModelConfig
 
 PEAK_FLOPS = {"v5e": 197e12, "v5p": 459e12, "v6e": 918e12, "a100": 312e12, "h100": 989e12, "h200": 989e12}
 """Accelerator -> bfloat16 FLOP/s of one device without sparsity, from the vendors' data sheets."""

@@ -14,7 +14,7 @@ from typing import Any
 import yaml
 
 from jorch import config_io
-from jorch.config import QuickstartConfig, RlConfig, ServerSection, SftConfig
+from jorch.config import QuickstartConfig, RlConfig, SftConfig
 from jorch.data.tasks import read_jsonl
 from jorch.evals import harness, tables
 from jorch.evals.report import read_summary, write_report
@@ -26,6 +26,7 @@ from jorch.rollout.sampler import Sampler
 from jorch.rollout.server_process import start_tool_server
 from jorch.rollout.tool_client import ToolClient
 from jorch.run_folder import atomic_write, naming, open_run_folder
+from jorch.sections import ServerSection
 from jorch.serving.samplers import make_sampler
 from jorch.sharding import make_mesh
 from jorch.synth import miniature, sft

@@ -10,7 +10,7 @@ import jax
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from jorch.config import MeshConfig
+from jorch.sections import MeshConfig
 
 MESH_AXES = ("data", "fsdp", "context", "tensor")
 

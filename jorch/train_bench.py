@@ -21,7 +21,6 @@ from jax.sharding import Mesh
 from rich.console import Console
 from rich.table import Table
 
-from jorch.config import LoraConfig, MeshConfig, ModelConfig, OptimizerConfig, Remat
 from jorch.data.packing import pack
 from jorch.flops import peak_flops, train_flops
 from jorch.metrics import stage
@@ -30,6 +29,7 @@ from jorch.model.attention import PackedRows
 from jorch.model.transformer import Qwen3, Trainable
 from jorch.plan.job import PUBLISHED
 from jorch.run_folder import atomic_write
+from jorch.sections import LoraConfig, MeshConfig, ModelConfig, OptimizerConfig, Remat
 from jorch.sharding import make_mesh, shard_batch
 from jorch.train.optimizer import make_optimizer
 from jorch.train.sft import cross_entropy

@@ -8,8 +8,8 @@ from typing import Protocol
 
 import numpy as np
 
-from jorch.config import TokenizerConfig
 from jorch.data import tokenizer_json
+from jorch.sections import TokenizerConfig
 
 END_OF_TURN = "<|im_end|>"
 _SPACE = "▁"

@@ -6,10 +6,10 @@ from pathlib import Path
 import numpy as np
 from safetensors.numpy import save_file
 
-from jorch.config import LoraConfig
 from jorch.export import hf
 from jorch.export.tensors import layer_name
 from jorch.model.transformer import Params
+from jorch.sections import LoraConfig
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 

@@ -5,7 +5,7 @@ from typing import Any, Literal
 
 from jorch import config_io
 from jorch.checkpoint import Checkpoints, check_base, describe
-from jorch.config import MeshConfig, QuickstartConfig, RlConfig, SftConfig
+from jorch.config import QuickstartConfig, RlConfig, SftConfig
 from jorch.data import tokenizer as tokenizers
 from jorch.export import adapter, heads, hf, pretrained, weights
 from jorch.export.importing import refuse_occupied
@@ -14,6 +14,7 @@ from jorch.memory import give_back_freed_blocks
 from jorch.model.lora import LoraQwen3
 from jorch.model.transformer import Params, Qwen3, Trainable
 from jorch.run_folder import CONFIG
+from jorch.sections import MeshConfig
 from jorch.sharding import make_mesh
 from jorch.train.optimizer import make_optimizer
 from jorch.train.state import abstract_state

@@ -5,9 +5,9 @@ from collections.abc import Iterator
 import jax
 import jax.numpy as jnp
 
-from jorch.config import ModelConfig
 from jorch.export.source import Source
 from jorch.model.transformer import Params
+from jorch.sections import ModelConfig
 
 WIDTH = 32
 

@@ -9,13 +9,13 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from jorch.config import ModelConfig
 from jorch.data.tokenizer import Tokenizer
 from jorch.export import probe, tensors
 from jorch.export.source import Held, Source
 from jorch.export.tensors import load as load
 from jorch.model.transformer import Params
 from jorch.run_folder import naming
+from jorch.sections import ModelConfig
 
 _ARCHITECTURE_KEYS = (
     "vocab_size",

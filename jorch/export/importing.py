@@ -2,9 +2,9 @@
 
 from pathlib import Path
 
-from jorch.config import MeshConfig
 from jorch.export import pretrained, tensors, weights
 from jorch.memory import give_back_freed_blocks
+from jorch.sections import MeshConfig
 from jorch.sharding import make_mesh
 
 

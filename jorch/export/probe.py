@@ -15,11 +15,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jorch.config import ModelConfig
 from jorch.export.source import Source
 from jorch.model.attention import packed_rows
 from jorch.model.layers import rms_norm, rope_tables
 from jorch.model.transformer import Params, Qwen3
+from jorch.sections import ModelConfig
 
 FILE = "jorch.json"
 NUM_TOKENS = 32

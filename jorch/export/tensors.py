@@ -250,7 +250,7 @@ def _order(source: Source) -> Iterator[tuple[str, int | None]]:
     for name in _in_order(source.shapes):
         yield name, None
     layers = source.shapes["layers"]
-    numbers = range(next(iter(layers.values())).shape[0])
+    numbers = range(next((stacked.shape[0] for stacked in layers.values()), 0))
     if source.by_layer:
         yield from ((name, index) for index in numbers for name in layers)
     else:

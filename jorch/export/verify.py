@@ -10,8 +10,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jorch.config import MeshConfig
 from jorch.export import pretrained
+from jorch.sections import MeshConfig
 from jorch.sharding import make_mesh
 
 NUM_ROWS, NUM_TOKENS = 2, 64

@@ -17,11 +17,11 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from orbax.checkpoint import v1 as ocp
 
-from jorch.config import ModelConfig
 from jorch.data.tokenizer import Tokenizer
 from jorch.export import hf
 from jorch.export.source import Held, row_blocks
 from jorch.model.transformer import Params, Qwen3
+from jorch.sections import ModelConfig
 
 PARAMS = "params"
 

@@ -7,8 +7,8 @@ from functools import partial
 import jax
 from jax.sharding import Mesh, PartitionSpec
 
-from jorch.config import CONTEXT_TOKENS
 from jorch.model.layers import Attend
+from jorch.sections import CONTEXT_TOKENS
 from jorch.sharding import RULES, sharding
 from kernels.attention.api import SAVED_NAME as SAVED_NAME
 from kernels.attention.api import attention

@@ -13,9 +13,9 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jorch.config import ModelConfig
 from jorch.model.layers import Block
 from jorch.model.transformer import Params, Qwen3, Transformer
+from jorch.sections import ModelConfig
 from kernels.attention.reference import dense_attention
 
 

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from jorch.config import LoraConfig, ModelConfig
+from jorch.sections import LoraConfig, ModelConfig
 
 Attend = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
 """(q_BTNH, k_BTKH, v_BTKH) -> o_BTNH; training and decoding differ only here."""

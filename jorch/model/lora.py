@@ -11,8 +11,8 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import Mesh
 
-from jorch.config import LoraConfig
 from jorch.model.transformer import Params, Qwen3, Trainable, Transformer, filled
+from jorch.sections import LoraConfig
 
 
 class LoraQwen3(Trainable):

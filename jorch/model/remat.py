@@ -6,8 +6,8 @@ from typing import Any
 import jax
 from jax.ad_checkpoint import checkpoint_name
 
-from jorch.config import Remat
 from jorch.model.attention import SAVED_NAME
+from jorch.sections import Remat
 
 _INPUT_NAME = "layer_input"
 

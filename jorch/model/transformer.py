@@ -13,10 +13,10 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import Mesh
 
-from jorch.config import LoraConfig, ModelConfig
 from jorch.model import remat
 from jorch.model.attention import packed_rows
 from jorch.model.layers import Block, param, rms_norm, rope_tables
+from jorch.sections import LoraConfig, ModelConfig
 from jorch.sharding import sharding
 
 Params = dict[str, Any]

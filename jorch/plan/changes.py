@@ -5,9 +5,9 @@ from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any, NamedTuple
 
-from jorch.config import Section
 from jorch.plan.job import Job
 from jorch.plan.memory import Attention, Memory, memory
+from jorch.sections import Section
 
 
 class Change(NamedTuple):

@@ -3,7 +3,8 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from jorch.config import BatchConfig, LoraConfig, MeshConfig, ModelConfig, OptimizerConfig, RlConfig, SftConfig
+from jorch.config import RlConfig, SftConfig
+from jorch.sections import BatchConfig, LoraConfig, MeshConfig, ModelConfig, OptimizerConfig
 
 _COMMON = {"vocab_size": 151936, "num_key_value_heads": 8, "head_dim": 128, "rope_theta": 1e6}
 PUBLISHED = {

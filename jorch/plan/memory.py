@@ -15,10 +15,10 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import AbstractMesh, AxisType
 
-from jorch.config import CONTEXT_TOKENS, LoraConfig, MeshConfig, ModelConfig, OptimizerConfig
 from jorch.model.lora import LoraQwen3
 from jorch.model.transformer import Qwen3, Trainable
 from jorch.plan.job import Job
+from jorch.sections import CONTEXT_TOKENS, LoraConfig, MeshConfig, ModelConfig, OptimizerConfig
 from jorch.sharding import MESH_AXES, mesh_shape
 from jorch.train.logprobs import CHUNK_TOKENS
 from jorch.train.optimizer import make_optimizer

@@ -21,7 +21,7 @@ import optax
 from jax.sharding import Mesh
 
 from jorch.checkpoint import Checkpoints, check_base, describe
-from jorch.config import RlConfig, ServerSection
+from jorch.config import RlConfig
 from jorch.data.chat import render_observation
 from jorch.data.packing import fill_fraction, pack
 from jorch.data.tasks import TaskStream, read_jsonl
@@ -49,6 +49,7 @@ from jorch.rollout.sampler import Sampler
 from jorch.rollout.server_process import tool_server
 from jorch.rollout.tool_client import ToolClient
 from jorch.rollout.vllm_sampler import VllmSampler
+from jorch.sections import ServerSection
 from jorch.serving.samplers import Weights, make_sampler, weights_folder
 from jorch.sharding import make_mesh, shard_batch
 from jorch.train.optimizer import make_optimizer

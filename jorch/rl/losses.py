@@ -10,7 +10,7 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 
-from jorch.config import AlgorithmConfig
+from jorch.sections import AlgorithmConfig
 from jorch.types import PackedBatch
 
 # Probability ratios are e**20 at most: beyond that float32 overflows and 0 * inf in the backward pass is NaN.

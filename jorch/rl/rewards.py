@@ -4,8 +4,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from jorch.config import AlgorithmConfig, RewardConfig
 from jorch.rl.advantages import advantages
+from jorch.sections import AlgorithmConfig, RewardConfig
 from jorch.types import Group, Task, Trajectory
 from tools_server.rewards import group_rewards
 

@@ -13,7 +13,6 @@ from contextlib import closing, contextmanager, suppress
 from multiprocessing.connection import Connection
 from typing import Any
 
-from jorch.config import MeshConfig
 from jorch.data import tokenizer as tokenizers
 from jorch.data.chat import render_observation
 from jorch.export import hf, pretrained
@@ -24,6 +23,7 @@ from jorch.rollout.jax_sampler import JaxSampler
 from jorch.rollout.sampler import Sampler
 from jorch.rollout.tool_client import ToolClient
 from jorch.rollout.vllm_sampler import VllmSampler
+from jorch.sections import MeshConfig
 from jorch.serving.samplers import Weights, weights_folder
 from jorch.sharding import make_mesh
 from jorch.types import Task

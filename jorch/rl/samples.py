@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from jorch.config import AlgorithmConfig
+from jorch.sections import AlgorithmConfig
 from jorch.types import Group, Sample, Trajectory
 
 COPY_TOLERANCE_NATS = 1e-3  # above float32 noise between batch slots, far below a change of policy

@@ -13,12 +13,12 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from jorch.config import ChatConfig, RolloutConfig
 from jorch.data.chat import ParsedCalls, parse_calls, render_observation, render_prompt, truncate_middle
 from jorch.data.conversation import Conversation
 from jorch.data.tokenizer import Tokenizer
 from jorch.rollout.sampler import Sampler
 from jorch.rollout.tool_client import Call, OpenSession, SessionOpened, SessionRecord, ToolClient, ToolServerDown
+from jorch.sections import ChatConfig, RolloutConfig
 from jorch.types import (
     Completion,
     CompletionRequest,

@@ -13,11 +13,11 @@ from dataclasses import InitVar, dataclass, field
 
 import numpy as np
 
-from jorch.config import SamplerConfig
 from jorch.model.decode import Decoder
 from jorch.model.transformer import Params, Qwen3
 from jorch.rollout.row_batch import RowBatch
 from jorch.rollout.stats import SamplerStats
+from jorch.sections import SamplerConfig
 from jorch.types import Completion, CompletionRequest
 
 

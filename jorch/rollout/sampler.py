@@ -4,8 +4,8 @@ from collections.abc import Sequence
 from contextlib import AbstractAsyncContextManager
 from typing import Any, Protocol
 
-from jorch.config import SamplerConfig
 from jorch.rollout.stats import SamplerStats
+from jorch.sections import SamplerConfig
 from jorch.types import Completion, CompletionRequest
 
 

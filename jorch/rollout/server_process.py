@@ -9,7 +9,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from jorch.config import ServerSection
+from jorch.sections import ServerSection
 
 START_TIMEOUT_S = 60.0
 STOP_TIMEOUT_S = 10.0

@@ -15,8 +15,8 @@ from typing import Any
 import aiohttp
 import numpy as np
 
-from jorch.config import SamplerConfig
 from jorch.rollout.stats import SamplerStats
+from jorch.sections import SamplerConfig
 from jorch.types import Completion, CompletionRequest
 
 BACKOFF_S = 0.2

@@ -5,13 +5,13 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-from jorch.config import MeshConfig, ModelConfig, RolloutConfig, SamplerConfig
 from jorch.export import hf, pretrained
 from jorch.export.heads import widen
 from jorch.export.source import Held, Source
 from jorch.rollout.jax_sampler import JaxSampler
 from jorch.rollout.sampler import Sampler
 from jorch.rollout.vllm_sampler import VllmSampler
+from jorch.sections import MeshConfig, ModelConfig, RolloutConfig, SamplerConfig
 from jorch.serving.push import push
 from jorch.serving.vllm import ServeOptions, on_cpu, vllm_server
 from jorch.sharding import make_mesh

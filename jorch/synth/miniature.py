@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from jorch.config import MiniatureConfig
+from jorch.sections import MiniatureConfig
 from jorch.types import Task
 
 FUNCTIONS = ("search", "enhance_reasoning", "answer")

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from jorch.config import OptimizerConfig
+from jorch.sections import OptimizerConfig
 
 # Reduction and output axes of the stacked matrices [L, ...]; everything else (norms, embeddings) gets Adam.
 _MATRIX_AXES = {

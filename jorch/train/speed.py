@@ -7,8 +7,8 @@ from contextlib import contextmanager
 import jax
 import numpy as np
 
-from jorch.config import LoraConfig, ModelConfig
 from jorch.flops import peak_flops, train_flops
+from jorch.sections import LoraConfig, ModelConfig
 from jorch.types import PackedBatch
 
 

@@ -8,8 +8,8 @@ import jax
 import numpy as np
 import pytest
 
-from jorch.config import MeshConfig, ModelConfig
 from jorch.model.transformer import Qwen3
+from jorch.sections import MeshConfig, ModelConfig
 from jorch.sharding import make_mesh
 
 

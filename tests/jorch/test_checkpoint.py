@@ -13,7 +13,8 @@ import numpy as np
 import pytest
 
 from jorch.checkpoint import Checkpoints, describe
-from jorch.config import CheckpointConfig, SftConfig
+from jorch.config import SftConfig
+from jorch.sections import CheckpointConfig
 from jorch.sharding import replicated
 from jorch.train.state import TrainState
 
@@ -210,7 +211,7 @@ import sys
 import jax, numpy as np
 from pathlib import Path
 from jorch.checkpoint import Checkpoints
-from jorch.config import CheckpointConfig, MeshConfig
+from jorch.sections import CheckpointConfig, MeshConfig
 from jorch.sharding import make_mesh, sharding
 folder = Path(sys.argv[1])
 def placed(mesh):

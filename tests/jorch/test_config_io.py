@@ -8,19 +8,19 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import Field, model_validator
 
-from jorch import config, config_help, config_io
+from jorch import config, config_help, config_io, sections
 
 MODELS = [config.SftConfig, config.RlConfig, config.EvalConfig, config.QuickstartConfig]
 
 
-class Inner(config.Section):
+class Inner(sections.Section):
     group_size: int = Field(default=8, ge=2, description="siblings")
     clip: Literal["low", "high"] = "low"
     rate: float = 0.5
     token: None = Field(default=None, description="set THE_VARIABLE")
 
 
-class Outer(config.Section):
+class Outer(sections.Section):
     out: str = Field(description="run folder")
     rl: Inner = Inner()
     temperatures: tuple[float, ...] = (0.0,)
@@ -196,7 +196,7 @@ def test_dump_then_load_is_the_identity(
 
 
 @pytest.mark.parametrize("model", MODELS)
-def test_every_key_of_every_stage_is_described(model: type[config.Section]) -> None:
+def test_every_key_of_every_stage_is_described(model: type[sections.Section]) -> None:
     described = dict(config_help.fields(model))
     missing = [key for key, field in described.items() if not config_help.section_of(field) and not field.description]
     assert not missing

@@ -17,12 +17,12 @@ import numpy as np
 import pytest
 import yaml
 
-from jorch.config import ChatConfig, RolloutConfig
 from jorch.data.chat import render_observation, render_prompt
 from jorch.data.qwen3_chat import render
 from jorch.rl.samples import from_trajectory
 from jorch.rollout.driver import Driver
 from jorch.rollout.tool_client import ToolClient, ToolServerDown
+from jorch.sections import ChatConfig, RolloutConfig
 from jorch.synth.miniature import call_text, catalogue, make_task
 from jorch.synth.sft import train_tokenizer
 from jorch.types import Completion, CompletionRequest, Task

@@ -10,13 +10,14 @@ import pytest
 import yaml
 from fake_endpoint import completion, endpoint
 
-from jorch.config import EndpointConfig, EvalConfig, MiniatureConfig
+from jorch.config import EndpointConfig, EvalConfig
 from jorch.evals import baselines, chat_endpoint
 from jorch.evals.chat_endpoint import ChatEndpoint, EndpointDown
 from jorch.evals.chat_policy import play_chat
 from jorch.evals.metrics import summarise
 from jorch.rollout.server_process import start_tool_server
 from jorch.rollout.tool_client import ToolClient
+from jorch.sections import MiniatureConfig
 from jorch.synth import miniature
 
 TASKS = list(miniature.tasks(MiniatureConfig(num_train=24), "train", 0))

@@ -11,9 +11,9 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from jorch.config import ModelConfig
 from jorch.export import weights
 from jorch.model.transformer import Qwen3
+from jorch.sections import ModelConfig
 from jorch.synth.sft import train_tokenizer
 
 SCRIPT = "import sys; from jorch.cli import main; sys.exit(main())"

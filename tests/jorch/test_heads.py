@@ -1,10 +1,12 @@
 """Wider heads compute the same function."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from jorch.export.heads import WIDTH, widen
+from jorch.export.source import Held
 from jorch.model.transformer import Qwen3
 
 
@@ -15,13 +17,25 @@ def logits(config, params, tokens):
     return np.asarray(module.logits(hidden[0]))
 
 
+def read_all(source):
+    params = {name: jnp.concatenate(list(source.rows(name))) for name in source.shapes if name != "layers"}
+    stacks = {
+        name: jnp.stack([source.tensor(name, index) for index in range(shape.shape[0])])
+        for name, shape in source.shapes["layers"].items()
+    }
+    return params | {"layers": stacks}
+
+
 @pytest.mark.parametrize(("head_dim", "tied"), [(8, True), (16, False), (24, True)])
 def test_padding_leaves_the_logits(head_dim, tied, tiny_config, random_params, qwen3_logits):
     config = tiny_config(head_dim=head_dim, tie_word_embeddings=tied)
     params = random_params(Qwen3(config))
-    wide, padded = widen(config, params)
+    wide, source = widen(config, Held(params))
+    padded = read_all(source)
     assert wide.head_dim == WIDTH
-    assert Qwen3(wide).abstract_params().keys() == padded.keys()
+    assert jax.tree.map(lambda x: (x.shape, x.dtype), padded) == jax.tree.map(
+        lambda x: (x.shape, x.dtype), Qwen3(wide).abstract_params()
+    )
     tokens = np.random.default_rng(0).integers(0, config.vocab_size, 20)
     # Logits up to about 10, in float32.
     np.testing.assert_allclose(logits(wide, padded, tokens), qwen3_logits(params, config, tokens), rtol=0, atol=2e-4)
@@ -29,5 +43,5 @@ def test_padding_leaves_the_logits(head_dim, tied, tiny_config, random_params, q
 
 def test_heads_that_fit_are_left_alone(tiny_config, random_params):
     config = tiny_config(head_dim=64)
-    params = random_params(Qwen3(config))
-    assert widen(config, params) == (config, params)
+    source = Held(random_params(Qwen3(config)))
+    assert widen(config, source) == (config, source)

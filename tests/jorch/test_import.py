@@ -174,7 +174,7 @@ def test_verify_says_what_it_lacks(jorch, tmp_path):
 SHARDED = """
 import sys
 from pathlib import Path
-from jorch.config import MeshConfig
+from jorch.sections import MeshConfig
 from jorch.export import pretrained, tensors
 from jorch.export.source import Held
 from jorch.sharding import make_mesh

@@ -14,11 +14,11 @@ import jax
 import numpy as np
 import pytest
 
-from jorch.config import MeshConfig, SamplerConfig
 from jorch.data.packing import pack
 from jorch.rollout.jax_sampler import JaxSampler
 from jorch.rollout.row_batch import RowBatch
 from jorch.rollout.stats import SamplerStats
+from jorch.sections import MeshConfig, SamplerConfig
 from jorch.sharding import make_mesh
 from jorch.train.step import make_logprobs_fn
 from jorch.types import CompletionRequest, Sample

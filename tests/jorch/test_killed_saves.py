@@ -13,14 +13,14 @@ import numpy as np
 import pytest
 
 from jorch.checkpoint import Checkpoints
-from jorch.config import CheckpointConfig
+from jorch.sections import CheckpointConfig
 
 SAVING = """
 import sys
 from pathlib import Path
 import jax.numpy as jnp
 from jorch.checkpoint import Checkpoints
-from jorch.config import CheckpointConfig
+from jorch.sections import CheckpointConfig
 with Checkpoints(Path(sys.argv[1]), CheckpointConfig(keep=2)) as checkpoints:
     step = checkpoints.latest_step() or 0
     print("ready", flush=True)

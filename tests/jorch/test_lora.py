@@ -15,13 +15,14 @@ import pytest
 from safetensors.numpy import load_file
 
 from jorch import cli
-from jorch.config import LoraConfig, OptimizerConfig, SftConfig
+from jorch.config import SftConfig
 from jorch.data.packing import pack
 from jorch.export import adapter, hf, pretrained
 from jorch.flops import adapter_params, train_flops
 from jorch.model import lora
 from jorch.model.lora import LoraQwen3
 from jorch.model.transformer import Qwen3
+from jorch.sections import LoraConfig, OptimizerConfig
 from jorch.sharding import shard_batch
 from jorch.synth import sft
 from jorch.train.optimizer import make_optimizer

@@ -15,10 +15,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jorch.config import AlgorithmConfig
 from jorch.data.packing import pack
 from jorch.rl.losses import policy_loss
 from jorch.rl.samples import merge_copies
+from jorch.sections import AlgorithmConfig
 from jorch.types import PackedBatch, Sample
 
 NUM_IDS, ROW_TOKENS, NUM_MICRO = (

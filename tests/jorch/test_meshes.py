@@ -19,7 +19,7 @@ jax.config.update("jax_num_cpu_devices", 8)
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AxisType
-from jorch.config import AlgorithmConfig, LoraConfig, ModelConfig, OptimizerConfig
+from jorch.sections import AlgorithmConfig, LoraConfig, ModelConfig, OptimizerConfig
 from jorch.data.packing import pack
 from jorch.model import lora
 from jorch.model.transformer import Qwen3

@@ -6,10 +6,10 @@ from collections import Counter
 
 import pytest
 
-from jorch.config import MiniatureConfig
 from jorch.data.chat import parse_calls, render_prompt
 from jorch.evals.baselines import POLICIES, choose
 from jorch.rollout.outcomes import row_from
+from jorch.sections import MiniatureConfig
 from jorch.synth import miniature
 from jorch.synth.miniature import ALIASES, FUNCTION_OF, FUNCTIONS
 from jorch.synth.sft import train_tokenizer

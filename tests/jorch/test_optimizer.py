@@ -6,7 +6,7 @@ import numpy as np
 import optax
 import pytest
 
-from jorch.config import OptimizerConfig
+from jorch.sections import OptimizerConfig
 from jorch.train.optimizer import make_optimizer
 
 RATE, DECAY, CLIP, STEPS = 0.1, 0.2, 3.0, 4

@@ -8,12 +8,13 @@ import jax
 import pytest
 
 from jorch import cli, config_io
-from jorch.config import MeshConfig, OptimizerConfig, RlConfig, SftConfig
+from jorch.config import RlConfig, SftConfig
 from jorch.model.transformer import Qwen3
 from jorch.plan import changes, command, topology
 from jorch.plan import compile as ahead_of_time
 from jorch.plan.job import PUBLISHED, job_of
 from jorch.plan.memory import memory
+from jorch.sections import MeshConfig, OptimizerConfig
 from jorch.sharding import make_mesh
 from jorch.train.optimizer import make_optimizer
 from jorch.train.state import init_state

@@ -10,12 +10,12 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from jorch.config import TokenizerConfig
 from jorch.data import tokenizer as tokenizers
 from jorch.data.chat import render_observation
 from jorch.data.conversation import Conversation
 from jorch.data.qwen3_chat import render
 from jorch.rl.samples import from_trajectory
+from jorch.sections import TokenizerConfig
 from jorch.synth.sft import train_tokenizer
 from jorch.types import Completion, Trajectory, Turn
 

@@ -5,8 +5,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jorch.config import AlgorithmConfig, RewardConfig
 from jorch.rl.rewards import score_group
+from jorch.sections import AlgorithmConfig, RewardConfig
 from jorch.types import TERMINATIONS, Task, Trajectory
 
 TOOLS = ("answer-1", "answer-2", "search-1")

@@ -8,11 +8,12 @@ import numpy as np
 import pytest
 
 from jorch import config_io
-from jorch.config import MiniatureConfig, QuickstartConfig
+from jorch.config import QuickstartConfig
 from jorch.data.tasks import TaskStream
 from jorch.rl.rollout_process import Failed, Job, Loaded, Play, Played, RolloutProcess
 from jorch.rollout.tool_client import ToolServerDown
 from jorch.rollout.vllm_sampler import SamplerDown
+from jorch.sections import MiniatureConfig
 from jorch.synth import miniature
 from jorch.types import Completion, Trajectory, Turn
 

@@ -11,15 +11,15 @@ from pathlib import Path
 import pytest
 from pydantic import Field
 
-from jorch import config, config_io
+from jorch import config_io, sections
 from jorch.run_folder import atomic_write, last_step, open_run_folder, read_jsonl
 
 
-class Small(config.Section):
+class Small(sections.Section):
     out: str = Field(description="run folder")
     steps: int = 3
-    server: config.ServerSection = config.ServerSection(url="http://127.0.0.1:1")
-    mesh: config.MeshConfig = config.MeshConfig()
+    server: sections.ServerSection = sections.ServerSection(url="http://127.0.0.1:1")
+    mesh: sections.MeshConfig = sections.MeshConfig()
     param_dtype: str = "float32"
 
 
@@ -82,14 +82,14 @@ def test_another_configs_run_is_refused_by_its_differing_keys(resume: bool, smal
 
 def test_a_moved_server_or_folder_is_the_same_run(small: Small, tmp_path: Path) -> None:
     folder = run_to_step(small, 2).rename(tmp_path / "elsewhere")
-    moved = Small(out=str(folder), server=config.ServerSection(url="http://127.0.0.1:2"))
+    moved = Small(out=str(folder), server=sections.ServerSection(url="http://127.0.0.1:2"))
     with open_run_folder(moved, resume=True, fresh=False):
         assert last_step(folder) == 2
 
 
 def test_a_run_goes_on_in_another_mesh_and_type(small: Small) -> None:
     folder = run_to_step(small, 2)
-    moved = small.model_copy(update={"mesh": config.MeshConfig(fsdp=2), "param_dtype": "bfloat16"})
+    moved = small.model_copy(update={"mesh": sections.MeshConfig(fsdp=2), "param_dtype": "bfloat16"})
     with open_run_folder(moved, resume=True, fresh=False):
         assert last_step(folder) == 2
     assert config_io.load(folder / "config.yaml", Small) == moved

@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jorch.config import AlgorithmConfig
 from jorch.rl.samples import from_group, from_trajectory, merge_copies
+from jorch.sections import AlgorithmConfig
 from jorch.types import Completion, Group, Sample, Task, Trajectory, Turn
 
 TASK = Task("t", (), (), "experts", {}, {"outcome": 1.0}, None, "math", "train")

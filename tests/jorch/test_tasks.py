@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from jorch.config import MiniatureConfig
 from jorch.data.tasks import TaskStream, from_row, read_jsonl, to_row
+from jorch.sections import MiniatureConfig
 from jorch.synth import miniature
 
 TOOL = {"type": "function", "function": {"name": "search", "parameters": {"type": "object", "properties": {}}}}

@@ -11,12 +11,12 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from jorch.config import TokenizerConfig
 from jorch.data import tokenizer as tokenizers
 from jorch.data import tokenizer_json
 from jorch.data.chat import CHAT_SYMBOLS
 from jorch.data.tokenizer import END_OF_TURN, SentencePieceTokenizer, train_sentencepiece
 from jorch.export.pretrained import BASE
+from jorch.sections import TokenizerConfig
 from jorch.synth import miniature
 from jorch.synth.sft import train_tokenizer
 

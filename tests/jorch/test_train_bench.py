@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 
 from jorch import cli
-from jorch.config import LoraConfig, ModelConfig
 from jorch.flops import PEAK_FLOPS, train_flops
 from jorch.model.attention import packed_rows
+from jorch.sections import LoraConfig, ModelConfig
 from jorch.train_bench import jax_causal_rows, jax_rows
 from kernels.shapes import MASKS
 

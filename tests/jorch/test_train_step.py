@@ -13,10 +13,10 @@ import optax
 import pytest
 from jax.sharding import AbstractMesh, AxisType
 
-from jorch.config import OptimizerConfig
 from jorch.data.packing import pack
 from jorch.model.transformer import Qwen3
 from jorch.plan.job import PUBLISHED
+from jorch.sections import OptimizerConfig
 from jorch.sharding import MESH_AXES, shard_batch
 from jorch.train.optimizer import make_optimizer, make_schedule
 from jorch.train.sft import cross_entropy
@@ -221,7 +221,7 @@ import jax
 jax.config.update("jax_num_cpu_devices", 8)
 import numpy as np
 from jax.sharding import AxisType
-from jorch.config import MeshConfig, ModelConfig
+from jorch.sections import MeshConfig, ModelConfig
 from jorch.model.transformer import Qwen3
 from jorch.sharding import MESH_AXES, make_mesh
 

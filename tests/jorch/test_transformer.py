@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 from jax.sharding import AbstractMesh, AxisType
 
-from jorch.config import ModelConfig
 from jorch.data.packing import pack
 from jorch.model.transformer import Qwen3
+from jorch.sections import ModelConfig
 from jorch.sharding import MESH_AXES
 from jorch.train.logprobs import token_logprobs
 from jorch.types import PackedBatch, Sample

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 from aiohttp import web
 
-from jorch.config import SamplerConfig, VllmConfig
 from jorch.rollout import vllm_sampler
 from jorch.rollout.vllm_sampler import SamplerDown, VllmSampler
+from jorch.sections import SamplerConfig, VllmConfig
 from jorch.types import CompletionRequest
 
 STOP = 3

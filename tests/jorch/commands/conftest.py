@@ -18,8 +18,8 @@ import pytest
 import yaml
 
 from jorch import cli
-from jorch.config import MiniatureConfig
 from jorch.run_folder import read_jsonl
+from jorch.sections import MiniatureConfig
 from jorch.synth import miniature
 
 RL = """

@@ -12,7 +12,6 @@ import numpy as np
 import pytest
 
 from jorch.checkpoint import Checkpoints
-from jorch.config import CheckpointConfig, MiniatureConfig
 from jorch.data import tokenizer as tokenizers
 from jorch.evals.report import write_report
 from jorch.export import hf
@@ -20,6 +19,7 @@ from jorch.export.pretrained import BASE
 from jorch.metrics import MetricWriter
 from jorch.rl.report import TrajectoryLog
 from jorch.run_folder import atomic_write
+from jorch.sections import CheckpointConfig, MiniatureConfig
 from jorch.synth import miniature
 from jorch.types import Completion, Group, Trajectory, Turn
 

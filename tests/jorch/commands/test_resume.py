@@ -14,8 +14,9 @@ import numpy as np
 
 from jorch import config_io
 from jorch.checkpoint import Checkpoints
-from jorch.config import MeshConfig, RlConfig
+from jorch.config import RlConfig
 from jorch.export import pretrained
+from jorch.sections import MeshConfig
 from jorch.sharding import make_mesh
 from jorch.train.optimizer import make_optimizer
 from jorch.train.state import TrainState, abstract_state

@@ -8,9 +8,9 @@ import pytest
 import yaml
 
 from jorch import cli
-from jorch.config import MeshConfig, MiniatureConfig
 from jorch.export import hf, pretrained
 from jorch.export.heads import widen
+from jorch.sections import MeshConfig, MiniatureConfig
 from jorch.serving.vllm import EXECUTABLE_VARIABLE, ServeOptions, vllm_server
 from jorch.sharding import make_mesh
 from jorch.synth import miniature

@@ -15,7 +15,6 @@ import jax
 import numpy as np
 import pytest
 
-from jorch.config import MiniatureConfig, RolloutConfig, SamplerConfig, VllmConfig
 from jorch.data.chat import render_prompt
 from jorch.export import hf, pretrained, probe
 from jorch.export.heads import widen
@@ -23,6 +22,7 @@ from jorch.export.source import Held
 from jorch.model.transformer import Qwen3
 from jorch.rollout.jax_sampler import JaxSampler
 from jorch.rollout.vllm_sampler import VllmSampler
+from jorch.sections import MiniatureConfig, RolloutConfig, SamplerConfig, VllmConfig
 from jorch.serving import control
 from jorch.serving.push import push
 from jorch.serving.samplers import Weights, make_sampler

@@ -7,10 +7,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jorch.config import LoraConfig
 from jorch.export import adapter, hf
 from jorch.model.lora import LoraQwen3
 from jorch.model.transformer import Qwen3
+from jorch.sections import LoraConfig
 from jorch.serving import control
 from jorch.serving.vllm import EXECUTABLE_VARIABLE, ServeOptions, vllm_server
 from jorch.synth.sft import train_tokenizer
