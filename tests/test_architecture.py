@@ -14,7 +14,7 @@ ROOT = Path(__file__).parents[1]
 PACKAGES = ("jorch", "kernels", "tools_server")
 
 RANKS = {
-    **dict.fromkeys(("types", "config"), 0),
+    **dict.fromkeys(("types", "config", "config_algorithm"), 0),
     **dict.fromkeys(
         (
             "config_help",
