@@ -197,9 +197,9 @@ def test_a_new_sample_begins_where_the_template_forgets(said, reply, num_samples
     turns = []
     for text in (said, "Jane."):
         sampled = tokenizer.encode(text + END)
-        turns.append(
-            Turn(conversation.prompt_ids, Completion(sampled, np.zeros(len(sampled), np.float32), "stop", 0), (), ())
-        )
+        versions = np.zeros(len(sampled), np.int32)
+        completion = Completion(sampled, np.zeros(len(sampled), np.float32), "stop", versions)
+        turns.append(Turn(conversation.prompt_ids, completion, (), ()))
         conversation.extend(sampled, [reply])
     samples = list(from_trajectory(Trajectory("t", "t/0", tuple(turns), "answered", 1.0, 0, 0.0, 0.0, {}), 1.0))
     assert len(samples) == num_samples

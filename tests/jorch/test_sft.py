@@ -50,6 +50,7 @@ def losses(out):
     return [row["train/loss"] for row in read_jsonl(out / "metrics.jsonl")]
 
 
+@pytest.mark.slow
 def test_from_nothing_on_the_miniature_world(tmp_path, mesh):
     """A model far too small and a run far too short; the loss falls from that of guessing all the same."""
     model = {

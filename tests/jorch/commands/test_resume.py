@@ -1,5 +1,5 @@
-"""N steps equal k + Ctrl-C + resume + kill -9 + resume + the rest, bit by bit. One run of it is quick enough for every
-day; test_interrupted_runs.py has the other moments.
+"""N steps equal k + Ctrl-C + resume + kill -9 + resume + the rest, bit by bit. The whole way once;
+test_interrupted_runs.py has the other moments.
 """
 
 import os
@@ -11,6 +11,7 @@ from typing import Any
 
 import jax
 import numpy as np
+import pytest
 
 from jorch import config_io
 from jorch.checkpoint import Checkpoints
@@ -20,6 +21,8 @@ from jorch.sections import MeshConfig
 from jorch.sharding import make_mesh
 from jorch.train.optimizer import make_optimizer
 from jorch.train.state import TrainState, abstract_state
+
+pytestmark = pytest.mark.slow
 
 
 def steps_done(world: Path) -> int:
