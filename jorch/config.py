@@ -26,6 +26,7 @@ from jorch.sections import (
     Section,
     ServerSection,
     TokenizerConfig,
+    WatchConfig,
 )
 
 
@@ -113,6 +114,7 @@ class RlConfig(Section):
     optimizer: OptimizerConfig
     mesh: MeshConfig = MeshConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
+    watch: WatchConfig = WatchConfig()
     log_trajectories: int = Field(default=2, ge=0, description="groups written to trajectories.jsonl per step")
     param_dtype: Literal["float32", "bfloat16"] = Field(default="float32", description="of the trained parameters")
     compute_dtype: Literal["float32", "bfloat16"] = Field(default="float32", description="of activations")

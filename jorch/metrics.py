@@ -16,6 +16,7 @@ from typing import Any
 
 from jorch.run_folder import METRICS as METRICS_FILE
 from jorch.run_folder import atomic_write, naming, read_jsonl
+from jorch.types import TERMINATIONS
 
 METRICS = {
     "reward/mean": "group reward, mean over trajectories",
@@ -27,9 +28,11 @@ METRICS = {
     "rollout/format_valid": "share of trajectories in which every call parsed and fitted its tool",
     "rollout/answered": "share that ended with an answer",
     "rollout/malformed_calls": "per trajectory",
+    "rollout/tool_calls_per_turn": "calls per completion; malformed ones apart",
     "rollout/turns": "completions per trajectory",
     "rollout/sampled_tokens": "in the step",
     "rollout/infra_error": "share lost to server or network failures, or to the deadline",
+    **{f"termination/{name}": "share of trajectories that ended so, lost ones included" for name in TERMINATIONS},
     "queue/ready_groups": "finished groups that wait for the trainer, after it took its share",
     "queue/running_groups": "groups that are being played meanwhile",
     "queue/stale_groups": "dropped in the step: a token older than max_policy_lag",
@@ -43,6 +46,9 @@ METRICS = {
     "policy/loss": "clipped surrogate, nats",
     "policy/entropy_nats": "per sampled token",
     "policy/sampler_gap_nats": "|trainer - sampler| log-probability, mean over trained tokens",
+    "policy/log_ratio_p01_nats": "log(trainer / sampler) before the step, 1st percentile of trained tokens",
+    "policy/log_ratio_p50_nats": "the same, median",
+    "policy/log_ratio_p99_nats": "the same, 99th percentile; each to within 8 %",
     "policy/ratio": "new over old probability, mean over tokens",
     "policy/clip_low_fraction": "share of tokens clipped from below",
     "policy/clip_high_fraction": "share of tokens clipped from above",

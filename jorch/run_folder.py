@@ -48,8 +48,8 @@ WRITTEN_BY_RUNS = (
 """What `--fresh` removes; a file of any other name in the folder is somebody else's."""
 
 _RESULTS = ("summary.json", "tasks", "base", "model")
-_MAY_CHANGE = frozenset({"out", "url", "mesh", "checkpoint", "param_dtype", "compute_dtype", "remat"})
-"""Keys and sections: where things are, how the same mathematics is computed, what is kept of it."""
+_MAY_CHANGE = frozenset({"out", "url", "mesh", "checkpoint", "watch", "param_dtype", "compute_dtype", "remat"})
+"""Keys and sections: where things are, how the same mathematics is computed, what is kept of it and told."""
 _SYSTEM_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO)
 
 
@@ -173,7 +173,7 @@ def _remove_run(folder: Path) -> None:
 
 
 def _check_same_config(folder: Path, config: BaseModel) -> None:
-    """Refuse another config's run. What may differ: addresses, the mesh, dtypes, and which checkpoints are kept."""
+    """Refuse another config's run. What may differ: addresses, mesh, dtypes, alarms, which checkpoints are kept."""
     if not (folder / CONFIG).exists():
         raise ValueError(f"{folder} holds a run without its {CONFIG}: choose another out=")
     there = _flat(_config_there(folder, type(config)))

@@ -209,6 +209,17 @@ class AlgorithmConfig(Section):
     )
 
 
+class WatchConfig(Section):
+    """When `jorch rl` says on the terminal that something looks wrong; it goes on."""
+
+    log_ratio_nats: PositiveFloat | None = Field(
+        default=1.0, description="1st or 99th percentile of log(trainer / sampler) further from 0; null = never"
+    )
+    tool_call_fraction: float | None = Field(
+        default=0.5, gt=0, lt=1, description="tool calls a turn below this part of their median so far; null = never"
+    )
+
+
 class ServerSection(Section):
     """Where the tool server is: an address, or a config from which this run starts its own."""
 

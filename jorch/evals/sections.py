@@ -36,6 +36,8 @@ _CURVES = (
     Column("rollout/format_valid", "format valid", "%", 100),
     Column("group/dropped_fraction", "groups dropped", "%", 100),
     Column("policy/entropy_nats", "entropy", "nats", 1),
+    Column("rollout/tool_calls_per_turn", "tool calls a turn", "", 1),
+    Column("policy/log_ratio_p99_nats", "log(trainer / sampler), 99th percentile", "nats", 1),
     Column("policy/sampler_gap_nats", "sampler-trainer gap", "nats", 1),
 )
 _STEP_PARTS = ("sample", "tools", "pack", "learn")

@@ -37,6 +37,7 @@ from jorch.processes import (
     own_share,
     to_host,
 )
+from jorch.rl import log_ratios
 from jorch.rl.advantages import keeps_group
 from jorch.rl.losses import policy_loss
 from jorch.rl.records import Records
@@ -90,7 +91,9 @@ class Learner:
         for batch, num_sequences, _ in batches:
             self.state, metrics = self.train_step(self.state, batch, num_sequences, self.frozen)
             totals.append(metrics)
+        counts = sum(np.asarray(metrics.pop(log_ratios.COUNTS), np.float64) for metrics in totals)
         means = {name: float(np.mean([float(m[name]) for m in totals])) for name in (totals or [{}])[0]}
+        means |= log_ratios.quantiles(counts)
         return means | {
             "samples/trained": float(sum(s.num_copies for s in samples)),
             "samples/distinct": float(len(samples)),

@@ -10,6 +10,7 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 
+from jorch.rl import log_ratios
 from jorch.sections import AlgorithmConfig
 from jorch.types import PackedBatch
 
@@ -28,6 +29,8 @@ def policy_loss(
     on_policy: bool,
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
     """(loss f32[], metrics of f32[]), this micro-batch's addends to the global batch's loss and means.
+
+    One metric, `log_ratios.COUNTS`, is a vector.
 
     logprobs_BT: f32 nats of each token under the trained policy; entropy_BT: f32 nats of the distribution
     that it was drawn from, needed where its coefficient is not 0; batch: fields [B, T]; loss_tokens,
@@ -56,7 +59,8 @@ def policy_loss(
         log_ratio_BT = _sequence_mean(log_ratio_BT, batch)
     ratio_BT = _bounded_exp(log_ratio_BT)
     gain_BT, limits = _clipped_gain(ratio_BT, masked(batch.advantages), config)
-    metrics = {"policy/ratio": mean(ratio_BT)} | {name: mean(hit_BT) for name, hit_BT in limits.items()}
+    metrics = {log_ratios.COUNTS: log_ratios.count(old_BT - sampler_BT, batch.loss_weights)}
+    metrics |= {"policy/ratio": mean(ratio_BT)} | {name: mean(hit_BT) for name, hit_BT in limits.items()}
     metrics["policy/sampler_gap_nats"] = mean(jnp.abs(logprobs_BT - sampler_BT))
     if config.importance_cap is not None:
         importance_BT = _bounded_exp(old_BT - sampler_BT)

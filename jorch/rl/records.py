@@ -12,7 +12,9 @@ from jorch.data.tokenizer import Tokenizer
 from jorch.export import pretrained
 from jorch.metrics import MetricWriter, Stage, stage
 from jorch.processes import is_writer
+from jorch.rl.alarms import Alarms
 from jorch.rl.report import TrajectoryLog
+from jorch.run_folder import METRICS, read_jsonl
 from jorch.stopping import Terminated, on_sigterm
 from jorch.train.state import TrainState
 from jorch.types import Group
@@ -68,12 +70,18 @@ def _log(
     if not is_writer():
         yield lambda step, metrics, groups: None
         return
+    alarms = Alarms(config.watch)
+    for row in read_jsonl(folder / METRICS):
+        if row["step"] < first_step:
+            alarms.check(row["step"], row)
     trajectories = TrajectoryLog(folder, first_step, tokenizer, config.log_trajectories)
     with MetricWriter(folder, first_step) as writer, trajectories:
 
         def write(step: int, metrics: dict[str, float], groups: list[Group]) -> None:
             writer.write(step, metrics)
             trajectories.write(step, groups)
+            for line in alarms.check(step, metrics):
+                print(line, flush=True)
 
         yield write
 

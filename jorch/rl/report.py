@@ -1,5 +1,6 @@
 """What a training step leaves to read: its metrics over trajectories, and some trajectories in full."""
 
+import collections
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,18 +11,21 @@ from jorch.data.tokenizer import Tokenizer
 from jorch.rollout.outcomes import trajectory_row
 from jorch.rollout.records import trajectory_record
 from jorch.run_folder import atomic_write, naming, read_jsonl
-from jorch.types import Group, Trajectory
+from jorch.types import TERMINATIONS, Group, Trajectory
 
 
 def rollout_metrics(step: int, groups: Sequence[Group], trajectories: Sequence[Trajectory]) -> dict[str, float]:
     """Means over a step's trajectories; lost ones are only counted."""
     rows = [trajectory_row(g.task, t) for g in groups for t in g.trajectories]
     present = [t for g in groups for t in g.trajectories]
-    sampled = [turn.completion for t in present for turn in t.turns]
+    turns = [turn for t in present for turn in t.turns]
+    sampled = [turn.completion for turn in turns]
     followed = [row.followed for row in rows if row.followed is not None]
     logprobs = np.concatenate([c.logprobs for c in sampled]) if sampled else np.zeros(1)
     lags = step - np.concatenate([c.policy_versions for c in sampled]) if sampled else np.zeros(1)
+    ends = collections.Counter(t.termination for t in trajectories)
     metrics = {
+        **{f"termination/{name}": ends[name] / len(trajectories) for name in TERMINATIONS},
         "policy/lag": float(lags.mean()),
         "policy/lag_max": float(lags.max()),
         "rollout/infra_error": 1.0 - len(present) / len(trajectories),
@@ -32,6 +36,7 @@ def rollout_metrics(step: int, groups: Sequence[Group], trajectories: Sequence[T
     if not present:
         return metrics
     return metrics | {
+        "rollout/tool_calls_per_turn": sum(len(turn.calls) for turn in turns) / max(1, len(turns)),
         "reward/mean": float(np.mean(np.concatenate([g.rewards for g in groups]))),
         "rollout/utility": float(np.mean([row.utility for row in rows])),
         "rollout/accuracy": float(np.mean([t.outcome for t in present])),

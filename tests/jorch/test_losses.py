@@ -16,6 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jorch.data.packing import pack
+from jorch.rl import log_ratios
 from jorch.rl.losses import policy_loss
 from jorch.rl.samples import merge_copies
 from jorch.sections import AlgorithmConfig
@@ -207,7 +208,7 @@ def test_metrics_are_global_token_means():
             tokens += s.num_copies
             for name, value in zip(names, values, strict=True):
                 sums[name] += s.num_copies * value
-    assert set(metrics) == {f"policy/{name}" for name in names} | {"policy/loss"}
+    assert set(metrics) == {f"policy/{name}" for name in names} | {"policy/loss", log_ratios.COUNTS}
     for name in names:
         assert sums[name] > 0
         assert_close(metrics[f"policy/{name}"], sums[name] / tokens)
