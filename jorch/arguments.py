@@ -28,6 +28,7 @@ ABOUT = {
     "serve": "serve an exported model with vLLM, checked against the trainer's own numbers",
     "bench": "measure where the time of a training step goes, or the kernels",
 }
+_DTYPES = ("float32", "bfloat16")
 RESUMABLE = ("sft", "rl", "launch")
 
 
@@ -88,7 +89,7 @@ def _plain_parser(command: str) -> argparse.ArgumentParser:
         )
         parser.add_argument("--out", type=Path, required=True, metavar="CKPT", help="folder to write")
         parser.add_argument(
-            "--dtype", choices=("float32", "bfloat16"), help="of the checkpoint's parameters (default: as stored)"
+            "--dtype", type=_dtype, choices=_DTYPES, help="of the checkpoint's parameters (default: as stored)"
         )
     elif command == "export":
         parser.add_argument(
@@ -98,6 +99,9 @@ def _plain_parser(command: str) -> argparse.ArgumentParser:
         parser.add_argument("--step", type=int, metavar="N", help="which checkpoint of the run (default: the newest)")
         parser.add_argument(
             "--widen-heads", action="store_true", help="pad heads to a multiple of 32, as vLLM needs them on CPUs"
+        )
+        parser.add_argument(
+            "--dtype", type=_dtype, choices=_DTYPES, help="of the exported parameters (default: as stored)"
         )
         lora = "of a run with lora: merged = added to its base (default); adapter = alone, in PEFT's format"
         parser.add_argument("--lora", choices=("merged", "adapter"), help=lora)
@@ -147,9 +151,7 @@ def _parse_serve(words: list[str]) -> argparse.Namespace:
     parser.add_argument("--vllm", metavar="PATH", help="the vllm executable (else $JORCH_VLLM, else the PATH's)")
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on")
     parser.add_argument("--port", type=int, default=8100, help="port to listen on, 0 = a free one")
-    parser.add_argument(
-        "--dtype", choices=("float32", "bfloat16"), default="bfloat16", help="of weights and activations"
-    )
+    parser.add_argument("--dtype", type=_dtype, choices=_DTYPES, default="bfloat16", help="of weights and activations")
     parser.add_argument("--max-context-tokens", type=int, default=4096, help="tokens of prompt and completion")
     parser.add_argument("--max-rows", type=int, default=64, help="requests decoded together")
     parser.add_argument(
@@ -160,6 +162,10 @@ def _parse_serve(words: list[str]) -> argparse.Namespace:
     )
     parser.add_argument("--log", type=Path, default=Path("vllm.log"), metavar="FILE", help="vLLM's output, appended")
     return parser.parse_args(words[:cut])
+
+
+def _dtype(text: str) -> str:
+    return {"f32": "float32", "bf16": "bfloat16"}.get(text, text)
 
 
 def _row_tokens(text: str) -> int:

@@ -98,6 +98,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                     step=options.step,
                     widen_heads=options.widen_heads,
                     lora=options.lora,
+                    dtype=options.dtype,
                 )
             case "serve":
                 from jorch.serving import vllm

@@ -9,12 +9,12 @@ from jorch.config import QuickstartConfig, RlConfig, SftConfig
 from jorch.data import tokenizer as tokenizers
 from jorch.export import adapter, heads, hf, pretrained, weights
 from jorch.export.importing import refuse_occupied
-from jorch.export.source import Held
+from jorch.export.source import Cast, Held, Source
 from jorch.memory import give_back_freed_blocks
 from jorch.model.lora import LoraQwen3
 from jorch.model.transformer import Params, Qwen3, Trainable
 from jorch.run_folder import CONFIG
-from jorch.sections import MeshConfig
+from jorch.sections import MeshConfig, ModelConfig
 from jorch.sharding import make_mesh
 from jorch.train.optimizer import make_optimizer
 from jorch.train.state import abstract_state
@@ -23,12 +23,19 @@ Lora = Literal["merged", "adapter"]
 
 
 def run(
-    source: Path, out: Path, *, step: int | None = None, widen_heads: bool = False, lora: Lora | None = None
+    source: Path,
+    out: Path,
+    *,
+    step: int | None = None,
+    widen_heads: bool = False,
+    lora: Lora | None = None,
+    dtype: str | None = None,
 ) -> None:
     """Export run folder `source`, or what `jorch import` wrote, to `out`, with its tokenizer and the probe.
 
     A run may be under way. `step` names one of its checkpoints; None means the newest. `lora` is for runs that train
-    an adapter: added to its base (also where it is None), or the adapter alone.
+    an adapter: added to its base (also where it is None), or the adapter alone. `dtype` is of the exported parameters,
+    None means as they are; the probe is of those that are exported.
 
     Raises ValueError where `source` is no training run, has no such checkpoint or no adapter, where the adapter's base
     is gone or another one, or `out` is not empty.
@@ -39,13 +46,15 @@ def run(
             raise ValueError(f"{source} is no training run, so it has no --step")
         if lora is not None:
             raise ValueError(f"--lora {lora}: {source} is a whole model, without an adapter; leave --lora out")
-        _export_weights(source, out, widen_heads)
+        _export_weights(source, out, widen_heads, dtype)
         return
     config = _training_config(source)
     if lora is not None and config.lora is None:
         raise ValueError(f"--lora {lora}: {source} trains the whole model, without an adapter; leave --lora out")
     if lora == "adapter" and widen_heads:
         raise ValueError("--widen-heads changes the base; it goes with --lora merged only")
+    if lora == "adapter" and dtype is not None:
+        raise ValueError(f"--dtype {dtype}: adapters stay in the type they were trained in; it goes with --lora merged")
     refuse_occupied(out)
     folder, architecture = source / "checkpoints", source / hf.ARCHITECTURE
     if not folder.is_dir() or not architecture.is_dir():
@@ -65,8 +74,12 @@ def run(
         return
     frozen = _frozen(meta["base"]["init_from"], meta, _param_dtype(config)) if config.lora else None
     held = Held(model.merge(state.params, frozen))
-    exported = heads.widen(model.config, held) if widen_heads else (model.config, held)
-    hf.write(out, *exported, tokenizer, {"step": step, "tokenizer_digest": tokenizer.digest})
+    hf.write(
+        out,
+        *_wanted(model.config, held, widen_heads, dtype),
+        tokenizer,
+        {"step": step, "tokenizer_digest": tokenizer.digest},
+    )
     print(f"exported step {step} of {source} to {out}")
 
 
@@ -77,12 +90,20 @@ def _frozen(init_from: str, meta: dict[str, Any], param_dtype: str) -> Params:
     return base.params
 
 
-def _export_weights(source: Path, out: Path, widen_heads: bool) -> None:
+def _wanted(config: ModelConfig, source: Source, widen_heads: bool, dtype: str | None) -> tuple[ModelConfig, Source]:
+    if widen_heads:
+        config, source = heads.widen(config, source)
+    if dtype is not None:
+        config, source = config.model_copy(update={"param_dtype": dtype}), Cast(source, dtype)
+    return config, source
+
+
+def _export_weights(source: Path, out: Path, widen_heads: bool, dtype: str | None) -> None:
     refuse_occupied(out)
     raw = hf.stored_config(source / hf.ARCHITECTURE)
     model, tokenizer = pretrained.load_model(source, param_dtype=raw["torch_dtype"])
     stored = weights.Stored(source, model, make_mesh(MeshConfig()))
-    wanted = heads.widen(model.config, stored) if widen_heads else (model.config, stored)
+    wanted = _wanted(model.config, stored, widen_heads, dtype)
     hf.write(out, *wanted, tokenizer, {"tokenizer_digest": tokenizer.digest})
     print(f"exported {source} to {out}")
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 import jax
+import jax.numpy as jnp
 
 from jorch.model.transformer import Params
 
@@ -46,6 +47,21 @@ class Held:
 
     def tensor(self, name: str, index: int) -> jax.Array:
         return self.params["layers"][name][index]
+
+
+class Cast:
+    """A source whose parameters are in another type, each converted when it is asked for."""
+
+    def __init__(self, source: Source, dtype: str) -> None:
+        self._source, self._dtype = source, jnp.dtype(dtype)
+        self.by_layer = source.by_layer
+        self.shapes: Params = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, self._dtype), source.shapes)
+
+    def rows(self, name: str) -> Iterator[jax.Array]:
+        yield from (block.astype(self._dtype) for block in self._source.rows(name))
+
+    def tensor(self, name: str, index: int) -> jax.Array:
+        return self._source.tensor(name, index).astype(self._dtype)
 
 
 def row_blocks(shape: Sequence[int]) -> Iterator[tuple[int, int]]:

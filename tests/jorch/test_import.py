@@ -12,7 +12,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from jorch.cli import main
-from jorch.export import hf, pretrained, tensors
+from jorch.export import hf, pretrained, probe, tensors
 from jorch.export.pretrained import BASE
 from jorch.export.source import Held
 from jorch.model.transformer import Qwen3
@@ -110,6 +110,30 @@ def test_an_export_of_an_import_is_byte_identical(jorch, published, tmp_path):
     assert (tmp_path / "out" / "config.json").read_bytes() == (folder / "config.json").read_bytes()
     line = jorch("import", "--from", folder, "--out", tmp_path / "out", status=2)
     assert line == f"jorch: error: {tmp_path / 'out'} is not an empty folder; choose another --out"
+
+
+def test_an_export_in_the_other_type(jorch, published, mesh, qwen3_logits, tmp_path):
+    """Its config says so, its tensors are rounded once, and its probe is of the rounded ones."""
+    folder, config = published
+    short, wanted = ("bf16", "bfloat16") if config.param_dtype == "float32" else ("f32", "float32")
+    jorch("import", "--from", folder, "--out", tmp_path / "ckpt")
+    jorch("export", tmp_path / "ckpt", "--out", tmp_path / "same")
+    jorch("export", tmp_path / "ckpt", "--out", tmp_path / "out", "--dtype", short)
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["torch_dtype"] == wanted
+    for path in folder.glob("*.safetensors"):
+        for name, tensor in load_file(path).items():
+            expected = tensor.astype(np.dtype(getattr(ml_dtypes, wanted, wanted)))
+            dtype, _, content = stored(tmp_path / "out")[name]
+            assert (dtype, content) == (expected.dtype, expected.tobytes())
+    found, same = probe.read(tmp_path / "out"), probe.read(tmp_path / "same")
+    params = pretrained.load(str(tmp_path / "out"), mesh, param_dtype="float32").params
+    logits = qwen3_logits(params, config, np.array(found.token_ids))[:-1]
+    total = np.logaddexp.reduce(logits, axis=-1)
+    exact = logits[np.arange(len(total)), found.token_ids[1:]] - total
+    # Float32 against float64, of logits in the tens.
+    np.testing.assert_allclose(found.logprobs, exact, rtol=1e-4, atol=1e-3)
+    if short == "bf16":
+        assert np.abs(np.subtract(same.logprobs, exact)).max() > 0.01
 
 
 @pytest.mark.parametrize("published", [UNTIED], indirect=True, ids=["untied"])

@@ -294,6 +294,7 @@ def test_other_weights_under_the_adapter_are_refused(trained, tmp_path, mesh, ca
     ("arguments", "line"),
     [
         (["--lora", "adapter", "--widen-heads"], "--widen-heads changes the base; it goes with --lora merged only"),
+        (["--lora", "adapter", "--dtype", "bf16"], "--dtype bfloat16: adapters stay in the type they were trained in"),
         (["--lora", "both"], "argument --lora: invalid choice: 'both' (choose from"),
     ],
 )
