@@ -9,7 +9,7 @@ import shutil
 from pathlib import Path
 from typing import Any, NoReturn, get_args
 
-from pydantic import BaseModel
+from pydantic import BaseModel, ValidationError
 
 import jorch
 from jorch import config, config_help, config_io, sections
@@ -45,7 +45,7 @@ def parse(argv: list[str]) -> tuple[str, Any, argparse.Namespace]:
     top.parse_args(argv[:1])
     command, rest = argv[0], argv[1:]
     if command == "serve":
-        return command, None, _parse_serve(rest)
+        return command, *_parse_serve(rest)
     if command in ("import", "export", "verify", "bench"):
         return command, None, _plain_parser(command).parse_args(rest)
     model = _model(command)
@@ -135,33 +135,46 @@ def _plain_parser(command: str) -> argparse.ArgumentParser:
     return parser
 
 
-def _parse_serve(words: list[str]) -> argparse.Namespace:
-    """What follows `--` is vLLM's own."""
+def _parse_serve(words: list[str]) -> tuple[config.ServeConfig, argparse.Namespace]:
+    """Options go before the file's keys; what follows `--` is vLLM's own, behind the file's."""
     cut = words.index("--") if "--" in words else len(words)
     parser = _Parser(
         prog="jorch serve",
-        usage="jorch serve DIR [options] [-- VLLM_OPTION ...]",
+        usage="jorch serve DIR|CONFIG.yaml [options] [-- VLLM_OPTION ...]",
         description=f"{ABOUT['serve']}. Options after -- go to `vllm serve` as they are.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        epilog=f"keys of the config:\n{_keys(config.ServeConfig)}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    parser.set_defaults(dry_run=False, further=words[cut + 1 :])
-    parser.add_argument("folder", type=Path, metavar="DIR", help="as `jorch export` writes it")
-    parser.add_argument("--rl", action="store_true", help="token endpoint and weight updates; loopback only")
-    parser.add_argument("--vllm", metavar="PATH", help="the vllm executable (else $JORCH_VLLM, else the PATH's)")
-    parser.add_argument("--host", default="127.0.0.1", help="address to listen on")
-    parser.add_argument("--port", type=int, default=8100, help="port to listen on, 0 = a free one")
-    parser.add_argument("--dtype", type=_dtype, choices=_DTYPES, default="bfloat16", help="of weights and activations")
-    parser.add_argument("--max-context-tokens", type=int, default=4096, help="tokens of prompt and completion")
-    parser.add_argument("--max-rows", type=int, default=64, help="requests decoded together")
-    parser.add_argument(
-        "--kv-cache-bytes", type=int, help="memory of the KV cache (else 256 MiB on a CPU, or vLLM's choice)"
-    )
-    parser.add_argument(
-        "--start-timeout", type=float, default=600.0, metavar="S", help="seconds until it must be ready"
-    )
-    parser.add_argument("--log", type=Path, default=Path("vllm.log"), metavar="FILE", help="vLLM's output, appended")
-    return parser.parse_args(words[:cut])
+    parser.add_argument("source", metavar="DIR|CONFIG.yaml", help="exported model, or a file with the keys below")
+    parser.add_argument("--dry-run", action="store_true", help="print the resolved config and stop")
+    kinds: dict[str, dict[str, Any]] = {
+        "rl": {"action": "store_true"},
+        "dtype": {"type": _dtype, "choices": _DTYPES},
+        **{key: {"type": int} for key in ("port", "max_context_tokens", "max_rows", "kv_cache_bytes")},
+        "start_timeout_s": {"type": float, "metavar": "S"},
+        **{key: {} for key in ("vllm", "host", "log")},
+    }
+    for key, kind in kinds.items():
+        flag = f"--{key.removesuffix('_s').replace('_', '-')}"
+        about = f"key {key}: {config.ServeConfig.model_fields[key].description}"
+        parser.add_argument(flag, dest=key, default=argparse.SUPPRESS, help=about, **kind)
+    options = parser.parse_args(words[:cut])
+    given = {key: getattr(options, key) for key in kinds if hasattr(options, key)}
+    return _serve_config(options.source, given, words[cut + 1 :]), options
+
+
+def _serve_config(source: str, given: dict[str, Any], further: list[str]) -> config.ServeConfig:
+    if source.endswith((".yaml", ".yml")):
+        overrides = [f"{key}={json.dumps(value)}" for key, value in given.items()]
+        loaded = config_io.load(source, config.ServeConfig, overrides)
+    else:
+        try:
+            loaded = config.ServeConfig(folder=source, **given)
+        except ValidationError as error:
+            first = error.errors()[0]
+            raise ValueError(f"command line: {first['loc'][0]}={first['input']!r}: {first['msg']}") from None
+    return loaded.model_copy(update={"vllm_options": (*loaded.vllm_options, *further)})
 
 
 def _dtype(text: str) -> str:

@@ -17,6 +17,7 @@ import threading
 import traceback
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from types import TracebackType
 from typing import NoReturn
 
@@ -103,7 +104,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             case "serve":
                 from jorch.serving import vllm
 
-                vllm.serve(vllm.options(options), options.log)
+                vllm.serve(vllm.options(loaded), Path(loaded.log))
             case "bench":
                 _bench(options)
             case "plan":

@@ -6,7 +6,7 @@ overrides on the command line change single keys (`config_io.py`). Units stand i
 
 from typing import Literal
 
-from pydantic import Field, PositiveInt, model_validator
+from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 
 from jorch.sections import (
     CONTEXT_TOKENS,
@@ -146,6 +146,25 @@ class EndpointConfig(Section):
 
     url: str = Field(description="up to and without /chat/completions, e.g. http://127.0.0.1:8100/v1")
     model: str | None = Field(default=None, description="its name; null = the first that the endpoint lists")
+
+
+class ServeConfig(Section):
+    """`jorch serve`: one vLLM server for an exported model. Every key is an option as well."""
+
+    folder: str = Field(description="exported model, as `jorch export` writes it")
+    rl: bool = Field(default=False, description="token endpoint and weight updates; loopback only")
+    vllm: str | None = Field(default=None, description="the vllm executable; null = $JORCH_VLLM, or the PATH's")
+    host: str = Field(default="127.0.0.1", description="address to listen on")
+    port: int = Field(default=8100, ge=0, le=65535, description="port to listen on, 0 = a free one")
+    dtype: Literal["float32", "bfloat16"] = Field(default="bfloat16", description="of weights and activations")
+    max_context_tokens: PositiveInt = Field(default=4096, description="tokens of prompt and completion")
+    max_rows: PositiveInt = Field(default=64, description="requests decoded together")
+    kv_cache_bytes: PositiveInt | None = Field(
+        default=None, description="memory of the KV cache; null = 256 MiB on a CPU, else vLLM's choice"
+    )
+    start_timeout_s: PositiveFloat = Field(default=600.0, description="seconds until it must be ready")
+    log: str = Field(default="vllm.log", description="file for vLLM's output, appended")
+    vllm_options: tuple[str, ...] = Field(default=(), description="for `vllm serve` as they are; also what follows --")
 
 
 class EvalConfig(Section):

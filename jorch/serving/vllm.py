@@ -4,7 +4,6 @@ vLLM lives in a Python environment of its own and is never imported: an executab
 whole interface. The flags that matter, and why, are in `command`.
 """
 
-import argparse
 import os
 import shlex
 import shutil
@@ -18,6 +17,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from jorch.config import ServeConfig
 from jorch.export import heads, hf, probe
 from jorch.metrics import stage
 from jorch.serving import control, guard
@@ -59,22 +59,23 @@ class ServeOptions:
             )
 
 
-def options(parsed: argparse.Namespace) -> ServeOptions:
-    """From the command line. Raises ValueError where DIR is no exported model."""
-    if not (parsed.folder / "config.json").is_file():
-        raise ValueError(f"no config.json in {parsed.folder}: give a folder that `jorch export` wrote")
+def options(config: ServeConfig) -> ServeOptions:
+    """Raises ValueError where the folder is no exported model."""
+    folder = Path(config.folder)
+    if not (folder / "config.json").is_file():
+        raise ValueError(f"no config.json in {folder}: give a folder that `jorch export` wrote")
     return ServeOptions(
-        parsed.folder,
-        executable=parsed.vllm,
-        host=parsed.host,
-        port=parsed.port,
-        dtype=parsed.dtype,
-        max_context_tokens=parsed.max_context_tokens,
-        max_rows=parsed.max_rows,
-        kv_cache_bytes=parsed.kv_cache_bytes,
-        rl=parsed.rl,
-        start_timeout_s=parsed.start_timeout,
-        further=parsed.further,
+        folder,
+        executable=config.vllm,
+        host=config.host,
+        port=config.port,
+        dtype=config.dtype,
+        max_context_tokens=config.max_context_tokens,
+        max_rows=config.max_rows,
+        kv_cache_bytes=config.kv_cache_bytes,
+        rl=config.rl,
+        start_timeout_s=config.start_timeout_s,
+        further=config.vllm_options,
     )
 
 

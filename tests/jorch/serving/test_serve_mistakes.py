@@ -1,10 +1,12 @@
 """`jorch serve`: what a user gets wrong is one line, before any process starts."""
 
 import stat
+from pathlib import Path
 
 import pytest
 
-from jorch import cli
+from jorch import cli, config_io
+from jorch.config import ServeConfig
 from jorch.export import heads, hf, pretrained
 from jorch.export.source import Held
 from jorch.serving import vllm
@@ -36,6 +38,22 @@ def model(tmp_path, mesh):
 
 def test_no_model(line):
     assert line("elsewhere") == "no config.json in elsewhere: give a folder that `jorch export` wrote"
+
+
+def test_a_config_takes_the_options_places(line, model, tmp_path, capfd):
+    path = tmp_path / "serve.yaml"
+    path.write_text("folder: model\nport: 8200\nmax_rows: 16\nvllm_options: [--seed, '7']\n")
+    words = ["serve", str(path), "--port", "8300", "--dtype", "f32", "--dry-run", "--", "--uvicorn-log-level", "error"]
+    assert cli.main(words) == 0
+    resolved = tmp_path / "resolved.yaml"
+    resolved.write_text(capfd.readouterr().out)
+    options = vllm.options(config_io.load(resolved, ServeConfig))
+    assert (options.folder, options.port, options.max_rows, options.dtype) == (Path("model"), 8300, 16, "float32")
+    assert options.further == ("--seed", "7", "--uvicorn-log-level", "error")
+    assert line(path, "--vllm", "nowhere").startswith("no executable 'nowhere': ")
+    path.write_text("folder: model\nports: 8200\n")
+    assert line(path) == f"{path}:2: unknown key 'ports'; did you mean 'port'?"
+    assert line(model, "--max-rows", "0") == "command line: max_rows=0: Input should be greater than 0"
 
 
 def test_no_vllm(line, model):
