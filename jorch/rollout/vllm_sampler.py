@@ -15,6 +15,7 @@ from typing import Any
 import aiohttp
 import numpy as np
 
+from jorch.rollout import vllm_completions
 from jorch.rollout.stats import SamplerStats
 from jorch.sections import SamplerConfig
 from jorch.types import Completion, CompletionRequest
@@ -23,6 +24,7 @@ BACKOFF_S = 0.2
 """Before the first further attempt; doubled before each other one, up to 5 s."""
 _MAX_BACKOFF_S = 5.0
 _MODEL = "policy"
+_PATH = "/inference/v1/generate"
 
 Write = Callable[[Any, int], Path]
 """(params, policy version) -> a folder with them that the servers can read."""
@@ -53,6 +55,7 @@ class VllmSampler:
         self._timeout_s = self.config.vllm.request_timeout_s
         self._in_flight = dict.fromkeys(self.urls, 0)
         self._home: dict[str, str] = {}
+        self._without_tokens: set[str] = set()
         self._last_failure = "none was tried"
 
     @asynccontextmanager
@@ -109,15 +112,17 @@ class VllmSampler:
 
     async def _ask(self, request: CompletionRequest, sampled: list[int], limit: int) -> dict[str, Any]:
         """One server's choice. Moves on to others, and back, until `request_timeout_s` is over."""
-        body = json.dumps(self._body(request, sampled, limit)).encode()
         backoff_s = BACKOFF_S
         loop = asyncio.get_running_loop()
         deadline_s = loop.time() + self._timeout_s
         while self._in_flight and loop.time() < deadline_s:
             url = self._server_of(request.trajectory_id)
+            body, path = self._body(request, sampled, limit), _PATH
+            if url in self._without_tokens:
+                body, path = vllm_completions.to_completions(body, url), vllm_completions.PATH
             self._in_flight[url] += 1
             try:
-                status, text = await self._post(url, body, deadline_s - loop.time())
+                status, text = await self._post(url + path, body, deadline_s - loop.time())
             except TimeoutError:
                 self._drop(url, f"no answer within {self._timeout_s:g} s")
                 continue
@@ -128,7 +133,13 @@ class VllmSampler:
                 if url in self._in_flight:
                     self._in_flight[url] -= 1
             if status == 200:
-                return json.loads(text)["choices"][0]
+                choice = json.loads(text)["choices"][0]
+                if path == _PATH:
+                    return choice
+                return vllm_completions.to_choice(choice, body["cache_salt"], url)
+            if status in (403, 404) and path == _PATH:
+                self._without_tokens.add(url)
+                continue
             if 400 <= status < 500:
                 raise ValueError(f"vLLM at {url} refused a request (HTTP {status}): {_line(text)}")
             if text:
@@ -163,12 +174,10 @@ class VllmSampler:
             },
         }
 
-    async def _post(self, url: str, body: bytes, timeout_s: float) -> tuple[int, bytes]:
+    async def _post(self, url: str, body: dict[str, Any], timeout_s: float) -> tuple[int, bytes]:
         timeout = aiohttp.ClientTimeout(total=max(timeout_s, 0.1))
         headers = {"Content-Type": "application/json"}
-        async with self._session.post(
-            url + "/inference/v1/generate", data=body, headers=headers, timeout=timeout
-        ) as response:
+        async with self._session.post(url, data=json.dumps(body), headers=headers, timeout=timeout) as response:
             return response.status, await response.read()
 
     async def _drop_if_unreachable(self, url: str) -> None:

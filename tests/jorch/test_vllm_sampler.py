@@ -38,13 +38,18 @@ class Server:
     """Answers each request by the next of `script`, callables of the body; the last one again and again."""
 
     def __init__(self, *script, healthy=True):
-        self.script, self.healthy, self.bodies = list(script), healthy, []
+        self.script, self.healthy, self.bodies, self.completion_bodies = list(script), healthy, [], []
+        self.completion = {"token_ids": [5, STOP], "logprobs": {"token_logprobs": [-0.5, -0.25]}}
 
     async def generate(self, request):
         self.bodies.append(await request.json())
         answer = self.script.pop(0) if len(self.script) > 1 else self.script[0]
         result = answer(request)
         return await result if asyncio.iscoroutine(result) else result
+
+    async def completions(self, request):
+        self.completion_bodies.append(await request.json())
+        return web.json_response({"choices": [{"index": 0, "text": "", "finish_reason": "stop", **self.completion}]})
 
     async def health(self, request):
         return web.Response(status=200 if self.healthy else 503)
@@ -69,6 +74,7 @@ async def serving(*servers):
     for server in servers:
         app = web.Application()
         app.add_routes([web.post("/inference/v1/generate", server.generate), web.get("/health", server.health)])
+        app.add_routes([web.post("/v1/completions", server.completions)])
         runner = web.AppRunner(app)
         await runner.setup()
         site = web.TCPSite(runner, "127.0.0.1", 0)
@@ -82,14 +88,15 @@ async def serving(*servers):
             await runner.cleanup()
 
 
-def sample(*servers, requests=1, max_tokens=4, timeout_s=20.0, prompt=(1, 2)):
+def sample(*servers, requests=1, max_tokens=4, timeout_s=20.0, prompt=(1, 2), temperature=0.7, policy_version=0):
     async def run():
         async with serving(*servers) as urls:
             config = SamplerConfig(max_context_tokens=CONTEXT, vllm=VllmConfig(request_timeout_s=timeout_s))
-            sampler = VllmSampler(config, urls, STOP, write, lambda folder, version, urls: {})
+            push = lambda folder, version, urls: {}  # noqa: E731
+            sampler = VllmSampler(config, urls, STOP, write, push, policy_version=policy_version)
             async with sampler.connected():
                 asked = [
-                    CompletionRequest(f"t{i}", np.array(prompt, np.int32), max_tokens, 0.7, 11 + i)
+                    CompletionRequest(f"t{i}", np.array(prompt, np.int32), max_tokens, temperature, 11 + i)
                     for i in range(requests)
                 ]
                 return sampler, await asyncio.gather(*map(sampler.complete, asked))
@@ -122,6 +129,41 @@ def test_a_completion_is_what_was_drawn():
         "seed": 11,
         "stop_token_ids": [STOP],
     }
+
+
+@pytest.mark.parametrize("status", [403, 404])
+def test_a_server_without_the_token_endpoint_is_asked_for_completions(status):
+    server = Server(error(status))
+    _, completions = sample(server, requests=2, temperature=1.0, policy_version=6)
+    for completion in completions:
+        assert completion.token_ids.tolist() == [5, STOP]
+        assert completion.logprobs.tolist() == [-0.5, -0.25]
+        assert (completion.finish_reason, completion.policy_versions.tolist()) == ("stop", [6, 6])
+    assert server.completion_bodies[0] == {
+        "model": "policy",
+        "prompt": [1, 2],
+        "cache_salt": "v6",
+        "n": 1,
+        "max_tokens": 4,
+        "temperature": 1.0,
+        "top_p": 1.0,
+        "top_k": -1,
+        "min_p": 0.0,
+        "logprobs": 0,
+        "seed": server.completion_bodies[0]["seed"],
+        "stop_token_ids": [STOP],
+        "return_token_ids": True,
+    }
+    assert sorted(body["seed"] for body in server.completion_bodies) == [11, 12]
+
+
+def test_completions_that_cannot_be_trained_on_are_refused():
+    with pytest.raises(ValueError, match="has no token endpoint, and its completions need not have .* temperature 0.7"):
+        sample(Server(error(404)))
+    server = Server(error(404))
+    del server.completion["token_ids"]
+    with pytest.raises(ValueError, match="does not know return_token_ids"):
+        sample(server, temperature=1.0)
 
 
 def test_the_limit_is_cut_to_the_context_here():
