@@ -7,9 +7,10 @@ from jorch import config_io
 from jorch.checkpoint import Checkpoints, check_base, describe
 from jorch.config import QuickstartConfig, RlConfig, SftConfig
 from jorch.data import tokenizer as tokenizers
+from jorch.data.tokenizer import Tokenizer
 from jorch.export import adapter, heads, hf, pretrained, weights
 from jorch.export.importing import refuse_occupied
-from jorch.export.source import Held
+from jorch.export.source import Held, OfRun, Source
 from jorch.memory import give_back_freed_blocks
 from jorch.model.lora import LoraQwen3
 from jorch.model.transformer import Params, Qwen3, Trainable
@@ -57,17 +58,27 @@ def run(
     with Checkpoints(folder, config.checkpoint, read_only=True) as checkpoints:
         if checkpoints.latest_step() is None:
             raise ValueError(f"{source} has no checkpoint yet")
+        belongs_to = describe(config, base.config, tokenizer.digest)
+        arrays, meta, step = checkpoints.open(belongs_to, step)
+        if arrays is not None and config.lora is None:
+            with arrays.kept(source):
+                _write(out, model, OfRun(arrays, base.abstract_params()), tokenizer, step, widen_heads)
+            print(f"exported step {step} of {source} to {out}")
+            return
         wanted = abstract_state(model, optimizer, make_mesh(MeshConfig()))
-        state, meta, step = checkpoints.restore(wanted, describe(config, base.config, tokenizer.digest), step)
+        state, meta, step = checkpoints.restore(wanted, belongs_to, step)
     if config.lora and lora == "adapter":
         adapter.save(out, config.lora, state.params, str(pretrained.folder_of(meta["base"]["init_from"])))
         print(f"exported the adapter of step {step} of {source} to {out}")
         return
     frozen = _frozen(meta["base"]["init_from"], meta, _param_dtype(config)) if config.lora else None
-    held = Held(model.merge(state.params, frozen))
-    exported = heads.widen(model.config, held) if widen_heads else (model.config, held)
-    hf.write(out, *exported, tokenizer, {"step": step, "tokenizer_digest": tokenizer.digest})
+    _write(out, model, Held(model.merge(state.params, frozen)), tokenizer, step, widen_heads)
     print(f"exported step {step} of {source} to {out}")
+
+
+def _write(out: Path, model: Trainable, params: Source, tokenizer: Tokenizer, step: int, widen_heads: bool) -> None:
+    exported = heads.widen(model.config, params) if widen_heads else (model.config, params)
+    hf.write(out, *exported, tokenizer, {"step": step, "tokenizer_digest": tokenizer.digest})
 
 
 def _frozen(init_from: str, meta: dict[str, Any], param_dtype: str) -> Params:
