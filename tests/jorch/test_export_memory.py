@@ -59,10 +59,15 @@ def save_weights(folder: Path, config: ModelConfig, params: Params, mesh: jax.sh
 def save_run(folder: Path, config: ModelConfig, params: Params, mesh: jax.sharding.Mesh) -> None:
     """What behaviour cloning leaves after a step."""
     tokenizer = train_tokenizer()
-    run = SftConfig(
-        out=str(folder), model=config, demonstrations="miniature", steps=1, batch={"row_tokens": 8, "micro_rows": 1},
-        optimizer={"learning_rate": 1.0},
-    )  # fmt: skip
+    content = {
+        "out": str(folder),
+        "model": config.model_dump(),
+        "demonstrations": "miniature",
+        "steps": 1,
+        "batch": {"row_tokens": 8, "micro_rows": 1},
+        "optimizer": {"learning_rate": 1.0},
+    }
+    run = SftConfig.model_validate(content)
     folder.mkdir()
     (folder / "config.yaml").write_text(yaml.safe_dump(run.model_dump(mode="json")))
     hf.save_architecture(folder, config, tokenizer)
