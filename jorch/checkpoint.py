@@ -1,7 +1,7 @@
 """Orbax checkpoints of a run: the train state and, beside it, what must match when it is restored.
 
     FOLDER/STEP/state     arrays: step, parameters, optimizer state
-    FOLDER/STEP/meta      JSON: resolved config, model, tokenizer's digest, seed, data position, checksum
+    FOLDER/STEP/meta      JSON: resolved config, model, tokenizer's digest, seed, data position, arrays' checksums
     FOLDER/STEP/metrics   JSON: the metric that picks the best one, where the config names it
 
 Saving is asynchronous and atomic: a kill at any moment leaves the previous checkpoint. All randomness and the data
@@ -12,6 +12,7 @@ Grain's order is written down beside them.
 import contextlib
 import difflib
 import gc
+import json
 import math
 import sys
 import time
@@ -23,15 +24,18 @@ from types import CoroutineType, TracebackType
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from orbax.checkpoint import v1 as ocp
 
 from jorch.config import RlConfig, SftConfig
 from jorch.metrics import METRICS
 from jorch.run_folder import naming
 from jorch.sections import CheckpointConfig, ModelConfig
+from jorch.stored_arrays import StoredArrays, checksums, names_of, parts
 
+_CHECKSUMS = "checksums"
+"""Of every array; as text, since Orbax makes a file entry of every number."""
 _CHECKSUM = "checksum"
+"""Of all arrays together: what an adapter says of its base, and what states had before `_CHECKSUMS`."""
 _CONCURRENT_BYTES = 8 * 2**30
 """Of host memory that tensorstore may have in flight beyond the arrays' own: a large state must not exhaust it."""
 
@@ -95,7 +99,7 @@ class Checkpoints:
         if self.latest_step() == step or not (force or self.is_due(step)):
             return
         ranked = _ranked(metrics, self._config.best_metric)
-        content = {"state": state, "meta": meta | {_CHECKSUM: int(_checksum(state))}}
+        content = {"state": state, "meta": meta | {_CHECKSUMS: json.dumps(checksums(state))}}
         with naming(self._folder), _context(state, self._config.ocdbt):
             self._checkpointer.save_checkpointables_async(step, content, metrics=ranked, force=force)
 
@@ -114,25 +118,45 @@ class Checkpoints:
 
         Raises ValueError where it is damaged or belongs to another model or tokenizer.
         """
+        meta, step = self._meta(belongs_to or {}, step)
+        stored = self._read(step, lambda: self._stored(step, abstract_state))
+        with _context(stored):
+            state = self._read(step, lambda: self._checkpointer.load_checkpointables(step, {"state": stored}))["state"]
+        if not _matches(meta, checksums(state)):
+            raise ValueError(self._unreadable(step, "its content does not match its checksum"))
+        return jax.tree.map(_as_dtype, state, abstract_state), meta, step
+
+    def open(
+        self, belongs_to: Mapping[str, Any], step: int | None = None
+    ) -> tuple[StoredArrays | None, dict[str, Any], int]:
+        """(arrays, meta, step) of a checkpoint, by default the newest, of which nothing but the meta is read yet.
+
+        None in place of the arrays where it is one without checksums of its own for each of them: `restore` reads it.
+        Raises ValueError as `restore`.
+        """
+        meta, step = self._meta(belongs_to, step)
+        if _CHECKSUMS not in meta:
+            return None, meta, step
+        found = StoredArrays(
+            self._folder / str(step) / "state", json.loads(meta.pop(_CHECKSUMS)), partial(self._unreadable, step)
+        )
+        return found, meta, step
+
+    def _meta(self, belongs_to: Mapping[str, Any], step: int | None) -> tuple[dict[str, Any], int]:
         newest = self.latest_step()
-        assert newest is not None, "restore() without a checkpoint"
+        assert newest is not None, "no checkpoint yet"
         step = newest if step is None else step
         if all(c.step != step for c in self._checkpointer.checkpoints):
             there = ", ".join(str(c.step) for c in self._checkpointer.checkpoints)
             raise ValueError(f"{self._folder} has no checkpoint of step {step}; there are {there}")
         meta = self._read(step, lambda: self._checkpointer.load_checkpointables(step, {"meta": None}))["meta"]
-        difference = _difference(meta, belongs_to or {})
+        difference = _difference(meta, belongs_to)
         if difference:
             raise ValueError(
                 f"checkpoint {self._folder / str(step)} is of another {difference}; "
                 "choose another out=, or pass --fresh to start again"
             )
-        stored = self._read(step, lambda: self._stored(step, abstract_state))
-        with _context(stored):
-            state = self._read(step, lambda: self._checkpointer.load_checkpointables(step, {"state": stored}))["state"]
-        if meta.pop(_CHECKSUM, None) != int(_checksum(state)):
-            raise ValueError(self._unreadable(step, "its content does not match its checksum"))
-        return jax.tree.map(_as_dtype, state, abstract_state), meta, step
+        return meta, step
 
     def _stored(self, step: int, wanted: Any) -> Any:
         """`wanted`, in the types that the arrays are stored in. Raises ValueError for a difference in anything else."""
@@ -178,12 +202,12 @@ class Checkpoints:
 
 def base_meta(init_from: str | None, frozen: Any) -> dict[str, Any]:
     """What a checkpoint of an adapter says of its frozen base, which it does not hold; nothing where all is trained."""
-    return {} if frozen is None else {"base": {"init_from": init_from, _CHECKSUM: int(_checksum(frozen))}}
+    return {} if frozen is None else {"base": {"init_from": init_from, _CHECKSUM: _together(checksums(frozen))}}
 
 
 def check_base(meta: dict[str, Any], init_from: str | None, frozen: Any) -> None:
     """Raises ValueError where an adapter was trained on other frozen parameters than these."""
-    if frozen is not None and meta["base"][_CHECKSUM] != int(_checksum(frozen)):
+    if frozen is not None and meta["base"][_CHECKSUM] != _together(checksums(frozen)):
         raise ValueError(
             f"init_from={init_from!r} holds other weights than those the adapter was trained on, which came from "
             f"{meta['base']['init_from']!r}; restore them there, or pass --fresh to start again"
@@ -222,6 +246,7 @@ def _ranked(metrics: Mapping[str, float] | None, name: str | None) -> dict[str, 
 def _context(state: Any, ocdbt: bool = True) -> ocp.Context:
     context = ocp.Context()
     context.array_options.saving.use_ocdbt = ocdbt
+    context.array_options.saving.scoped_storage_options_creator = parts
     # Orbax refuses an array that is larger than the whole limit.
     largest = max((math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(state)), default=0)
     limit = max(_CONCURRENT_BYTES, 2 * largest)
@@ -244,10 +269,7 @@ def _difference(there: Mapping[str, Any], here: Mapping[str, Any]) -> str:
 
 def _by_name(tree: Any) -> dict[str, Any]:
     """Leaves by names such as params/layers/q, whether they lie in tuples or in what Orbax makes of these."""
-    return {
-        "/".join(str(getattr(key, "key", getattr(key, "name", getattr(key, "idx", "")))) for key in path): leaf
-        for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
-    }
+    return {"/".join(names_of(path)): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
 
 
 def _as_dtype(x: jax.Array, wanted: jax.ShapeDtypeStruct) -> jax.Array:
@@ -259,18 +281,15 @@ def _cast(x: jax.Array, dtype: Any) -> jax.Array:
     return x.astype(dtype)
 
 
-@jax.jit
-def _checksum(state: Any) -> jax.Array:
-    """A wrapping sum over the bits of all arrays: whatever their shardings, one changed element changes it.
+def _matches(meta: dict[str, Any], found: dict[str, int]) -> bool:
+    """Whether a state has the checksums that its meta loses here."""
+    whole, each = meta.pop(_CHECKSUM, None), meta.pop(_CHECKSUMS, None)
+    return whole == _together(found) if each is None else json.loads(each) == found
 
-    Tensorstore checks its own records, but not the arrays' bytes.
-    """
-    total = jnp.uint32(0)
-    for number, array in enumerate(jax.tree.leaves(state), 1):
-        bits = jax.lax.bitcast_convert_type(array, jnp.dtype(f"uint{8 * array.dtype.itemsize}"))
-        # Odd factors tell the arrays apart and lose no bit.
-        total += jnp.sum(bits, dtype=jnp.uint32) * jnp.uint32(2 * number + 1)
-    return total
+
+def _together(sums: dict[str, int]) -> int:
+    # Odd factors tell the arrays apart and lose no bit.
+    return sum((2 * number + 1) * found for number, found in enumerate(sums.values(), 1)) % 2**32
 
 
 @contextlib.contextmanager

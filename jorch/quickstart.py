@@ -121,7 +121,8 @@ def _run_stages(
     summary.result("baselines", lambda: asyncio.run(_baselines(rl, heldout, url)))
     if "trained" not in summary.values:
         with summary.timed("reinforcement learning"):
-            loop.train(rl, folder, tasks["train"], start, sampler, url)
+            learner = loop.make_learner(rl, make_mesh(rl.mesh), start)
+            loop.train(rl, folder, tasks["train"], start, learner, sampler, url)
     summary.result("trained", evaluate("trained"))
 
 

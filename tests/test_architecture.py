@@ -27,6 +27,7 @@ RANKS = {
             "flops",
             "memory",
             "stopping",
+            "stored_arrays",
         ),
         1,
     ),
@@ -72,6 +73,7 @@ WITHOUT_JAX = (
 )
 WITH_JAX = {
     "checkpoint.py",
+    "stored_arrays.py",
     "sharding.py",
     "processes.py",
     "quickstart.py",

@@ -1,15 +1,16 @@
 """`jorch export`: a checkpoint of a run as a folder of Hugging Face safetensors, or its adapter as PEFT's."""
 
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from jorch import config_io
 from jorch.checkpoint import Checkpoints, check_base, describe
 from jorch.config import QuickstartConfig, RlConfig, SftConfig
 from jorch.data import tokenizer as tokenizers
+from jorch.data.tokenizer import Tokenizer
 from jorch.export import adapter, heads, hf, pretrained, weights
 from jorch.export.importing import refuse_occupied
-from jorch.export.source import Cast, Held, Source
+from jorch.export.source import Cast, Held, OfRun, Source
 from jorch.memory import give_back_freed_blocks
 from jorch.model.lora import LoraQwen3
 from jorch.model.transformer import Params, Qwen3, Trainable
@@ -20,6 +21,14 @@ from jorch.train.optimizer import make_optimizer
 from jorch.train.state import abstract_state
 
 Lora = Literal["merged", "adapter"]
+
+
+class Form(NamedTuple):
+    """In which form parameters leave."""
+
+    widen_heads: bool
+    dtype: str | None
+    """None: as they are."""
 
 
 def run(
@@ -41,12 +50,13 @@ def run(
     is gone or another one, or `out` is not empty.
     """
     give_back_freed_blocks()
+    form = Form(widen_heads, dtype)
     if weights.is_checkpoint(source):
         if step is not None:
             raise ValueError(f"{source} is no training run, so it has no --step")
         if lora is not None:
             raise ValueError(f"--lora {lora}: {source} is a whole model, without an adapter; leave --lora out")
-        _export_weights(source, out, widen_heads, dtype)
+        _export_weights(source, out, form)
         return
     config = _training_config(source)
     if lora is not None and config.lora is None:
@@ -66,21 +76,33 @@ def run(
     with Checkpoints(folder, config.checkpoint, read_only=True) as checkpoints:
         if checkpoints.latest_step() is None:
             raise ValueError(f"{source} has no checkpoint yet")
+        belongs_to = describe(config, base.config, tokenizer.digest)
+        arrays, meta, step = checkpoints.open(belongs_to, step)
+        if arrays is not None and config.lora is None:
+            with arrays.kept(source):
+                stored = OfRun(arrays, base.abstract_params())
+                _write(out, base.config, stored, tokenizer, form, {"step": step})
+            print(f"exported step {step} of {source} to {out}")
+            return
         wanted = abstract_state(model, optimizer, make_mesh(MeshConfig()))
-        state, meta, step = checkpoints.restore(wanted, describe(config, base.config, tokenizer.digest), step)
+        state, meta, step = checkpoints.restore(wanted, belongs_to, step)
     if config.lora and lora == "adapter":
         adapter.save(out, config.lora, state.params, str(pretrained.folder_of(meta["base"]["init_from"])))
         print(f"exported the adapter of step {step} of {source} to {out}")
         return
     frozen = _frozen(meta["base"]["init_from"], meta, _param_dtype(config)) if config.lora else None
-    held = Held(model.merge(state.params, frozen))
-    hf.write(
-        out,
-        *_wanted(model.config, held, widen_heads, dtype),
-        tokenizer,
-        {"step": step, "tokenizer_digest": tokenizer.digest},
-    )
+    _write(out, model.config, Held(model.merge(state.params, frozen)), tokenizer, form, {"step": step})
     print(f"exported step {step} of {source} to {out}")
+
+
+def _write(
+    out: Path, config: ModelConfig, params: Source, tokenizer: Tokenizer, form: Form, facts: dict[str, Any]
+) -> None:
+    if form.widen_heads:
+        config, params = heads.widen(config, params)
+    if form.dtype is not None:
+        config, params = config.model_copy(update={"param_dtype": form.dtype}), Cast(params, form.dtype)
+    hf.write(out, config, params, tokenizer, facts | {"tokenizer_digest": tokenizer.digest})
 
 
 def _frozen(init_from: str, meta: dict[str, Any], param_dtype: str) -> Params:
@@ -90,21 +112,11 @@ def _frozen(init_from: str, meta: dict[str, Any], param_dtype: str) -> Params:
     return base.params
 
 
-def _wanted(config: ModelConfig, source: Source, widen_heads: bool, dtype: str | None) -> tuple[ModelConfig, Source]:
-    if widen_heads:
-        config, source = heads.widen(config, source)
-    if dtype is not None:
-        config, source = config.model_copy(update={"param_dtype": dtype}), Cast(source, dtype)
-    return config, source
-
-
-def _export_weights(source: Path, out: Path, widen_heads: bool, dtype: str | None) -> None:
+def _export_weights(source: Path, out: Path, form: Form) -> None:
     refuse_occupied(out)
     raw = hf.stored_config(source / hf.ARCHITECTURE)
     model, tokenizer = pretrained.load_model(source, param_dtype=raw["torch_dtype"])
-    stored = weights.Stored(source, model, make_mesh(MeshConfig()))
-    wanted = _wanted(model.config, stored, widen_heads, dtype)
-    hf.write(out, *wanted, tokenizer, {"tokenizer_digest": tokenizer.digest})
+    _write(out, model.config, weights.Stored(source, model, make_mesh(MeshConfig())), tokenizer, form, {})
     print(f"exported {source} to {out}")
 
 

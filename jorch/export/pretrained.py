@@ -1,6 +1,6 @@
 """A trained model from a folder: weights, architecture and tokenizer together, placed on a mesh."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,10 @@ class Pretrained:
     model: Qwen3
     params: Params
     tokenizer: Tokenizer
+
+    def without_params(self) -> "Pretrained":
+        """Model and tokenizer alone, so that the parameters' memory can go."""
+        return replace(self, params={})
 
 
 def folder_of(init_from: str, key: str = "init_from") -> Path:

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from jorch.model.transformer import Params
+from jorch.stored_arrays import StoredArrays
 
 _BLOCK_ELEMENTS = 32 * 2**20
 """Of the embedding, which goes through the host in blocks of rows."""
@@ -62,6 +63,27 @@ class Cast:
 
     def tensor(self, name: str, index: int) -> jax.Array:
         return self._source.tensor(name, index).astype(self._dtype)
+
+
+@dataclass
+class OfRun:
+    """The parameters in a checkpoint of a run, read when they are asked for and held no longer."""
+
+    arrays: StoredArrays
+    shapes: Params
+    by_layer: bool = False
+
+    def rows(self, name: str) -> Iterator[jax.Array]:
+        """Raises ValueError where they cannot be read."""
+        x = self.shapes[name]
+        for begin, end in row_blocks(x.shape):
+            yield jnp.asarray(self.arrays.rows(f"params/{name}", begin, end, x.shape)).astype(x.dtype)
+
+    def tensor(self, name: str, index: int) -> jax.Array:
+        """Raises ValueError where it cannot be read."""
+        x = self.shapes["layers"][name]
+        [layer] = self.arrays.rows(f"params/layers/{name}", index, index + 1, x.shape)
+        return jnp.asarray(layer).astype(x.dtype)
 
 
 def row_blocks(shape: Sequence[int]) -> Iterator[tuple[int, int]]:

@@ -128,16 +128,19 @@ def run(config: RlConfig, *, resume: bool, fresh: bool) -> None:
         tasks, own = read_jsonl(Path(config.tasks)), own_folder(folder)
         with tool_server(_own_server(config.tools_server), own / "tools_server.log") as url:
             asyncio.run(_probe(config, tasks, url))
+            mesh = make_mesh(config.mesh)
             start = pretrained.load(
                 config.init_from,
-                make_mesh(config.mesh),
+                mesh,
                 param_dtype=config.param_dtype,
                 compute_dtype=config.compute_dtype,
                 remat=config.remat,
             )
-            local = replace(start, params=to_host(start.params))
-            with closing(make_sampler(config.sampler, config.rollout, local, own)) as sampler:
-                train(config, folder, tasks, start, sampler, url)
+            sampler = make_sampler(config.sampler, config.rollout, replace(start, params=to_host(start.params)), own)
+            with closing(sampler):
+                learner = make_learner(config, mesh, start)
+                start = start.without_params()  # the learner and the sampler have what they need of them
+                train(config, folder, tasks, start, learner, sampler, url)
         print(f"model: {folder / 'model'}")
 
 
@@ -157,18 +160,19 @@ def train(
     folder: Path,
     tasks: list[Task],
     start: pretrained.Pretrained,
+    learner: Learner,
     sampler: Sampler,
     url: str,
 ) -> None:
     """Train in an open run folder from its newest checkpoint on; the sampler ends with the final weights.
 
+    Of `start` the model and the tokenizer are read, not the parameters.
+
     Raises Terminated after SIGTERM, with a checkpoint of the last step.
     """
     _check_lag(config)
-    mesh = make_mesh(config.mesh)
     if is_writer():
         hf.save_architecture(folder, start.model.config, start.tokenizer)
-    learner = make_learner(config, mesh, start)
     with Checkpoints(folder / "checkpoints", config.checkpoint) as checkpoints:
         first_step, num_groups = _restore(learner, checkpoints, start)
         sampler.publish(to_host(learner.params), first_step)

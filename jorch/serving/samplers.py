@@ -29,7 +29,7 @@ def make_sampler(
             max_tokens=rollout.max_tokens_per_turn,
             stop_id=start.tokenizer.end_of_turn_id,
         )
-    weights = Weights(start, weights_folder(config, run_folder), config)
+    weights = Weights(start.without_params(), weights_folder(config, run_folder), config)
     with ExitStack() as stack:
         urls = [url.rstrip("/") for url in config.vllm.urls]
         if not urls:

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from orbax.checkpoint import v1 as ocp
 
 from jorch.checkpoint import Checkpoints, describe
 from jorch.config import SftConfig
@@ -282,3 +283,67 @@ def test_after_a_failure_the_first_error_is_reported(tmp_path):
             raise KeyError("the cause")
     with opened(tmp_path) as checkpoints:
         assert checkpoints.latest_step() == 1, "the save in flight was finished"
+
+
+def read_all(arrays, name, shape, step):
+    return np.concatenate([arrays.rows(name, i, min(i + step, shape[0]), shape) for i in range(0, shape[0], step)])
+
+
+@pytest.mark.parametrize("ocdbt", [True, False])
+def test_rows_of_an_array_are_read_alone(ocdbt, tmp_path):
+    save(tmp_path, 1, 2, ocdbt=ocdbt)
+    expected = make_state(2).params
+    with opened(tmp_path, read_only=True) as checkpoints:
+        arrays, meta, step = checkpoints.open({})
+        assert (step, meta) == (2, META)
+        np.testing.assert_array_equal(read_all(arrays, "params/embed", (8, 6), 3), expected["embed"])
+        q = read_all(arrays, "params/layers/q", (2, 6, 4), 1)
+        np.testing.assert_array_equal(q, expected["layers"]["q"])
+        with pytest.raises(ValueError, match=r"params/embed has shape \(8, 6\); this run's is \(8, 5\)"):
+            arrays.rows("params/embed", 0, 8, (8, 5))
+        with pytest.raises(ValueError, match=r"checkpoint .* cannot be read \(.*\); remove that folder to go on"):
+            arrays.rows("params/head", 0, 8, (8, 6))
+
+
+def test_a_stack_of_layers_lies_on_disk_by_layers(tmp_path):
+    save(tmp_path, 1, ocdbt=False)
+    stack = tmp_path / "1" / "state" / "params.layers.q" / "c"
+    assert len([path for path in stack.rglob("*") if path.is_file()]) == 2
+
+
+def test_a_damaged_layer_is_named_when_the_last_one_is_read(tmp_path):
+    """One layer lies in the place of another: tensorstore's own checks see nothing."""
+    save(tmp_path, 1, ocdbt=False)
+    stack = tmp_path / "1" / "state" / "params.layers.q" / "c"
+    shutil.copyfile(stack / "1" / "0" / "0", stack / "0" / "0" / "0")
+    with opened(tmp_path, read_only=True) as checkpoints:
+        arrays, *_ = checkpoints.open({})
+        arrays.rows("params/layers/q", 0, 1, (2, 6, 4))
+        with pytest.raises(ValueError, match=r"cannot be read \(params/layers/q does not match its checksum\)"):
+            arrays.rows("params/layers/q", 1, 2, (2, 6, 4))
+
+
+def test_what_is_read_outlives_the_checkpoint(tmp_path):
+    """A run that goes on removes its older checkpoints."""
+    save(tmp_path / "checkpoints", 1)
+    with opened(tmp_path / "checkpoints", read_only=True) as checkpoints:
+        arrays, *_ = checkpoints.open({})
+        with arrays.kept(tmp_path):
+            shutil.rmtree(tmp_path / "checkpoints" / "1")
+            np.testing.assert_array_equal(read_all(arrays, "params/embed", (8, 6), 3), make_state(1).params["embed"])
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoints"]
+
+
+def test_a_checkpoint_with_one_checksum_for_all_arrays(tmp_path, mesh):
+    """As checkpoints were before every array had its own."""
+    numbers = [np.asarray(x).view(f"uint{8 * x.dtype.itemsize}") for x in jax.tree.leaves(make_state(1))]
+    total = sum((2 * n + 1) * int(np.sum(x, dtype=np.uint64)) for n, x in enumerate(numbers, 1)) % 2**32
+    for step, checksum in ((1, total), (2, total ^ 1)):
+        with ocp.training.Checkpointer(tmp_path) as older:
+            older.save_checkpointables(step, {"state": make_state(1), "meta": META | {"checksum": checksum}})
+    with opened(tmp_path, read_only=True) as checkpoints:
+        assert checkpoints.open({}, step=1)[0] is None
+        state, *rest = checkpoints.restore(abstract(make_state(), mesh), step=1)
+        assert (bits(state), rest) == (bits(make_state(1)), [META, 1])
+        with pytest.raises(ValueError, match="its content does not match its checksum"):
+            checkpoints.restore(abstract(make_state(), mesh), step=2)

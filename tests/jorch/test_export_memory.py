@@ -6,15 +6,21 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import pytest
+import yaml
 
-from jorch.export import weights
-from jorch.model.transformer import Qwen3
+from jorch.checkpoint import Checkpoints, describe
+from jorch.config import SftConfig
+from jorch.export import hf, weights
+from jorch.model.transformer import Params, Qwen3
 from jorch.sections import ModelConfig
 from jorch.synth.sft import train_tokenizer
+from jorch.train.optimizer import make_optimizer
+from jorch.train.state import init_state
 
 SCRIPT = "import sys; from jorch.cli import main; sys.exit(main())"
 
@@ -32,27 +38,54 @@ def peak_bytes(checkpoint: Path, out: Path) -> int:
     return peak_kib * 1024
 
 
+def model_of(num_layers: int) -> tuple[ModelConfig, Params]:
+    config = ModelConfig(
+        vocab_size=train_tokenizer().vocab_size,
+        hidden_size=512,
+        intermediate_size=2048,
+        num_hidden_layers=num_layers,
+        num_attention_heads=8,
+        num_key_value_heads=4,
+        head_dim=64,
+        tie_word_embeddings=True,
+    )
+    return config, jax.tree.map(lambda x: jnp.full(x.shape, 0.01, x.dtype), Qwen3(config).abstract_params())
+
+
+def save_weights(folder: Path, config: ModelConfig, params: Params, mesh: jax.sharding.Mesh) -> None:
+    weights.save(folder, config, params, train_tokenizer())
+
+
+def save_run(folder: Path, config: ModelConfig, params: Params, mesh: jax.sharding.Mesh) -> None:
+    """What behaviour cloning leaves after a step."""
+    tokenizer = train_tokenizer()
+    content = {
+        "out": str(folder),
+        "model": config.model_dump(),
+        "demonstrations": "miniature",
+        "steps": 1,
+        "batch": {"row_tokens": 8, "micro_rows": 1},
+        "optimizer": {"learning_rate": 1.0},
+    }
+    run = SftConfig.model_validate(content)
+    folder.mkdir()
+    (folder / "config.yaml").write_text(yaml.safe_dump(run.model_dump(mode="json")))
+    hf.save_architecture(folder, config, tokenizer)
+    state = init_state(Qwen3(config), make_optimizer(run.optimizer, 1), mesh, params)
+    with Checkpoints(folder / "checkpoints", run.checkpoint) as checkpoints:
+        checkpoints.save(1, state, describe(run, config, tokenizer.digest), force=True)
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="needs Linux's /proc")
-def test_thirty_layers_take_no_more_than_three(mesh: jax.sharding.Mesh, tmp_path: Path) -> None:
-    """All of them would be 30 times as much; two layers are the allowance."""
-    tokenizer = train_tokenizer()
+@pytest.mark.parametrize(("save", "most"), [(save_weights, 30), (save_run, 15)])
+def test_many_layers_take_no_more_than_three(save: Any, most: int, mesh: jax.sharding.Mesh, tmp_path: Path) -> None:
+    """All of them would be 5 or 10 times as much, an optimizer's state the double on top; two are the allowance."""
     peaks, layer_bytes = [], 0
-    for num_layers in (3, 30):
-        config = ModelConfig(
-            vocab_size=tokenizer.vocab_size,
-            hidden_size=512,
-            intermediate_size=2048,
-            num_hidden_layers=num_layers,
-            num_attention_heads=8,
-            num_key_value_heads=4,
-            head_dim=64,
-            tie_word_embeddings=True,
-        )
-        shapes = Qwen3(config).abstract_params()
-        params = jax.tree.map(lambda x: jnp.full(x.shape, 0.01, x.dtype), shapes)
+    for num_layers in (3, most):
+        config, params = model_of(num_layers)
         layer_bytes = sum(x.nbytes for x in jax.tree.leaves(params["layers"])) // num_layers
-        weights.save(tmp_path / f"{num_layers}", config, params, tokenizer)
+        save(tmp_path / f"{num_layers}", config, params, mesh)
         del params
         peaks.append(peak_bytes(tmp_path / f"{num_layers}", tmp_path / f"out-{num_layers}"))
     assert layer_bytes > 2**23

@@ -118,6 +118,32 @@ def test_a_killed_process_stops_the_others_and_the_run_goes_on(jorch: Any) -> No
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_a_process_killed_while_it_samples_stops_the_others_and_the_run_goes_on(jorch: Any) -> None:
+    """The oracle is a run of two processes that nobody disturbed."""
+    options = ("steps=5", "mesh.fsdp=2", "log_trajectories=4", "--local", "2")
+    undisturbed = jorch.run("launch", "rl.yaml", "out=one", *options)
+    assert (undisturbed.returncode, undisturbed.stderr) == (0, "")
+    launcher = jorch.start("launch", "rl.yaml", *options)
+    jorch.wait(lambda: read_jsonl(jorch.world / "rl" / "metrics.jsonl")[1:], "step 1")
+    os.kill(rank_pid(jorch.world, 1) or 0, signal.SIGKILL)
+    killed_s = time.monotonic()
+    _, stderr = launcher.communicate(timeout=60)
+    assert time.monotonic() - killed_s < 60
+    assert launcher.returncode == 1
+    [line] = [line for line in stderr.splitlines() if line.startswith("jorch: ")]
+    assert "process 1 of 2 was killed by SIGKILL; the others were stopped; go on with: jorch launch " in line
+    assert jorch.stray() == []
+    assert len(timeless(jorch.world / "rl")) < 5
+    resumed = jorch.run("launch", "rl.yaml", *options, "--resume")
+    assert (resumed.returncode, resumed.stderr) == (0, "")
+    assert timeless(jorch.world / "rl") == timeless(jorch.world / "one")
+    for name in ("model/model.safetensors", "trajectories.jsonl"):
+        assert (jorch.world / "rl" / name).read_bytes() == (jorch.world / "one" / name).read_bytes()
+    assert jorch.stray() == []
+
+
+@pytest.mark.slow
 def test_a_process_told_to_end_takes_the_others_to_the_same_step(jorch: Any) -> None:
     """SIGTERM to one of them, as where one machine is taken away."""
     few = ("steps=400", "checkpoint.every_steps=1000")
