@@ -1,7 +1,7 @@
 """The real train step, compiled ahead of time for accelerators that are not here, on a CPU.
 
-libtpu (extra `tpu`) does it for TPUs, the CUDA plugin (extra `cuda`) for NVIDIA GPUs. XLA lays the program out in memory
-as on the device. For a TPU it refuses one that does not fit, as the device would; for a GPU it compiles that too.
+libtpu (extra `tpu`) does it for TPUs, the CUDA plugin (extra `cuda`) for NVIDIA GPUs. XLA lays the program out in
+memory as on the device. libtpu refuses one that does not fit; for a GPU its peak is held against a limit.
 """
 
 import importlib.util
