@@ -234,7 +234,7 @@ def _add_plan_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--topology", required=True, metavar="KIND:SHAPE", help=shapes)
     kinds = "dense: scores of all pairs exist; tiled: never (default: tiled)"
     parser.add_argument("--attention", choices=["dense", "tiled"], default="tiled", help=kinds)
-    parser.add_argument("--no-compile", action="store_true", help="TPU: analytical figures only, in seconds")
+    parser.add_argument("--no-compile", action="store_true", help="analytical figures only, in seconds")
     parser.add_argument("--json", action="store_true", help="one JSON object, bytes and FLOPs")
 
 

@@ -25,8 +25,8 @@ def run(
     """Print the plan. Raises ValueError where the config does not fit, with the cheapest changes."""
     where, job = topology.parse(topology_name), job_of(config)
     plan = make_plan(job, where, attention)
-    if with_compile and where.is_tpu and plan["fits"]:
-        plan |= _compiled(job, where)
+    if with_compile and where.platform != "cpu" and plan["fits"]:
+        plan |= _compiled(job, where, plan["usable_bytes_per_device"])
     print(json.dumps(plan)) if as_json else _print(plan)
     if not plan["fits"]:
         raise ValueError(_refusal(plan))
@@ -61,13 +61,17 @@ def make_plan(job: Job, where: Topology, attention: Attention) -> dict[str, Any]
     }
 
 
-def _compiled(job: Job, where: Topology) -> dict[str, Any]:
+def _compiled(job: Job, where: Topology, usable_bytes: float) -> dict[str, Any]:
     from jorch.plan import compile as ahead_of_time
 
-    if not ahead_of_time.is_available():
-        print("not compiled: libtpu is missing (extra `tpu`); the figures are analytical", file=sys.stderr)
+    missing = ahead_of_time.missing_compiler(where)
+    if missing:
+        print(
+            f"not compiled: {missing} is missing (extra `{where.platform}`); the figures are analytical",
+            file=sys.stderr,
+        )
         return {}
-    compiled = ahead_of_time.compile_step(job, where)
+    compiled = ahead_of_time.compile_step(job, where, usable_bytes)
     return {"compiled": asdict(compiled), "fits": compiled.fits}
 
 

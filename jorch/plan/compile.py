@@ -1,9 +1,11 @@
-"""The real train step, compiled ahead of time for a TPU that is not here; libtpu (extra `tpu`) does it on a CPU.
+"""The real train step, compiled ahead of time for accelerators that are not here, on a CPU.
 
-XLA lays the program out in memory as on the device, and refuses, as the device would, one that does not fit.
+libtpu (extra `tpu`) does it for TPUs, the CUDA plugin (extra `cuda`) for NVIDIA GPUs. XLA lays the program out in
+memory as on the device. libtpu refuses one that does not fit; for a GPU its peak is held against a limit.
 """
 
 import importlib.util
+import math
 import os
 import re
 from collections.abc import Sequence
@@ -17,6 +19,7 @@ from jax.sharding import AxisType, Mesh
 
 from jorch.model.lora import LoraQwen3
 from jorch.model.transformer import Qwen3, Trainable
+from jorch.plan.gpus import gpu_devices
 from jorch.plan.job import Job
 from jorch.plan.topology import Topology
 from jorch.sharding import MESH_AXES, mesh_shape, sharding
@@ -49,16 +52,25 @@ class Compiled:
     peak: float
     """Most memory at any moment; where the program does not fit, what XLA could not place: often temporaries alone."""
     fits: bool
+    """For a TPU XLA's own verdict, for a GPU whether the peak is within the limit."""
 
 
-def is_available() -> bool:
-    """Whether libtpu is installed."""
-    return importlib.util.find_spec("libtpu") is not None
+_COMPILERS = {"tpu": "libtpu", "cuda": "jax_cuda13_plugin"}
+"""Platform -> the package that compiles for it; jorch's extra is called as the platform."""
 
 
-def compile_step(job: Job, topology: Topology) -> Compiled:
-    """Compile the supervised train step of `job`; minutes for billions of parameters."""
-    devices = tpu_devices(topology)
+def missing_compiler(topology: Topology) -> str | None:
+    """The package that it would take to compile for a TPU or an NVIDIA GPU, where it is not installed."""
+    package = _COMPILERS[topology.platform]
+    return package if importlib.util.find_spec(package) is None else None
+
+
+def compile_step(job: Job, topology: Topology, gpu_limit_bytes: float = math.inf) -> Compiled:
+    """Compile the supervised train step of `job`; minutes for billions of parameters.
+
+    XLA's peak on a GPU is without CUDA's and NCCL's own memory there, for which the limit must leave room.
+    """
+    devices = tpu_devices(topology) if topology.platform == "tpu" else gpu_devices(topology.kind, topology.num_devices)
     shape = mesh_shape(job.mesh, len(devices))
     mesh = Mesh(np.array(devices).reshape(shape), MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
     base, optimizer = Qwen3(job.model), make_optimizer(job.optimizer, 1000)
@@ -67,14 +79,16 @@ def compile_step(job: Job, topology: Topology) -> Compiled:
     step: Any = make_train_step(model, optimizer, cross_entropy, mesh)
     arguments = (abstract_state(model, optimizer, mesh), _abstract_batch(job, mesh), 1.0, frozen)
     try:
-        compiled = step.trace(*arguments).lower(lowering_platforms=("tpu",)).compile()
+        compiled = step.trace(*arguments).lower(lowering_platforms=(topology.platform,)).compile()
     except jax.errors.JaxRuntimeError as error:
         used = re.search(r"(?:Used |temporaries \()([0-9.]+)([GM])", str(error))
         if used is None:
             raise
         return Compiled(0.0, float(used[1]) * (2**30 if used[2] == "G" else 2**20), fits=False)
     found = compiled.memory_analysis()
-    return Compiled(found.argument_size_in_bytes, found.peak_memory_in_bytes, fits=True)
+    peak = found.peak_memory_in_bytes
+    fits = topology.platform == "tpu" or peak <= gpu_limit_bytes
+    return Compiled(found.argument_size_in_bytes, peak, fits)
 
 
 def tpu_devices(topology: Topology) -> Sequence[Any]:

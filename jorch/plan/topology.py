@@ -19,8 +19,14 @@ class Topology:
     """Per device, as far as a program can have it."""
 
     @property
-    def is_tpu(self) -> bool:
-        return self.name.split(":")[0] in _TPUS
+    def kind(self) -> str:
+        """ "v5e", "h100", "cpu", ..."""
+        return self.name.partition(":")[0]
+
+    @property
+    def platform(self) -> str:
+        """As jax calls it: "tpu", "cuda" or "cpu"."""
+        return "tpu" if self.kind in _TPUS else "cuda" if self.kind in _GPUS else "cpu"
 
 
 _TPUS = {"v5e": 15.75, "v5p": 95.0, "v6e": 31.25}

@@ -1,5 +1,6 @@
 """Plans beside what they are about: real arrays, the program that XLA compiles, the config with its changes made."""
 
+import importlib.util
 import json
 import subprocess
 import sys
@@ -124,7 +125,7 @@ def test_a_config_that_cannot_fit_is_refused_in_one_line(capsys):
 
 
 def test_json_adds_up(capsys):
-    assert cli.main(["plan", str(SFT_8B), *SHORT, "mesh.fsdp=8", "--topology", "h100:8", "--json"]) == 0
+    assert cli.main(["plan", str(SFT_8B), *SHORT, "mesh.fsdp=8", "--topology", "h100:8", "--no-compile", "--json"]) == 0
     plan = json.loads(capsys.readouterr().out)
     *terms, backward, logits, total = plan["bytes_per_device"].values()
     assert sum(terms) + max(backward, logits) == total
@@ -148,6 +149,15 @@ def test_what_a_plan_refuses(arguments, line, capsys):
     err = capsys.readouterr().err
     assert line in err
     assert err.count("\n") == 1
+
+
+@pytest.mark.skipif(bool(importlib.util.find_spec("jax_cuda13_plugin")), reason="the CUDA plugin is installed")
+def test_without_the_plugin_the_figures_are_called_analytical(capsys):
+    assert cli.main(["plan", str(SFT_8B), *SHORT, "--topology", "h100:16"]) == 0
+    out, err = capsys.readouterr()
+    assert err == "not compiled: jax_cuda13_plugin is missing (extra `cuda`); the figures are analytical\n"
+    assert "analytical, not compiled" in out
+    assert "XLA" not in out
 
 
 @pytest.mark.tpu_aot
@@ -177,3 +187,23 @@ def test_the_compiled_program_takes_the_planned_state(tiny_config):
     planned = needed.parameters + needed.optimizer_state + batch
     assert planned <= compiled.arguments < 1.1 * planned
     assert compiled.peak > compiled.arguments
+
+
+@pytest.mark.sm90_aot
+def test_a_program_for_gpus_takes_the_planned_state(tiny_config):
+    job = tiny_job(tiny_config, vocab_size=1024, intermediate_size=1024)
+    needed = memory(job, 16, "dense")
+    planned = needed.parameters + needed.optimizer_state + 10 * 4 * 16 * 256 / 8
+    compiled = ahead_of_time.compile_step(job, topology.parse("a100:16"), planned)
+    assert planned <= compiled.arguments < 1.1 * planned
+    assert compiled.peak > compiled.arguments
+    assert not compiled.fits  # in the state's own bytes
+
+
+@pytest.mark.sm90_aot
+def test_the_plan_of_8b_agrees_with_the_compiler_of_gpus():
+    """Within 15 %, as the largest error for TPUs may be."""
+    job, where = job_8b("mesh.fsdp=8"), topology.parse("h100:8")
+    compiled = ahead_of_time.compile_step(job, where, where.memory_bytes)
+    assert compiled.fits
+    assert memory(job, 8, "tiled").total == pytest.approx(compiled.peak, rel=0.15)

@@ -71,28 +71,9 @@ def tpu_devices(topology):
 
 H100 = AbstractDevice("NVIDIA H100 80GB HBM3", None, "cuda")
 
-_H100_TARGET = """
-platform_name: "CUDA"
-device_description_str: "NVIDIA H100 80GB HBM3"
-dnn_version_info { major: 9 minor: 10 }
-gpu_device_info {
-  cuda_compute_capability { major: 9 minor: 0 feature_extension: ACCELERATED_FEATURES }
-  core_count: 132 fpus_per_core: 128 clock_rate_ghz: 1.98
-  threads_per_warp: 32 threads_per_block_limit: 1024 threads_per_core_limit: 2048
-  registers_per_core_limit: 65536 registers_per_block_limit: 65536
-  shared_memory_per_block: 49152 shared_memory_per_core: 233472 shared_memory_per_block_optin: 232448
-  block_dim_limit_x: 2147483647 block_dim_limit_y: 65535 block_dim_limit_z: 65535
-  memory_bandwidth: 3352320000000 l2_cache_size: 52428800 device_memory_size: 84942979072
-}
-"""
-"""An H100 as XLA describes it to itself; public figures of the SXM module."""
-
 
 def h100_devices():
     """One H100 that is not here, by the CUDA plugin and assembler (extra `cuda`)."""
-    from jax.experimental import topologies
+    from jorch.plan.gpus import gpu_devices
 
-    # The plugin would refuse to load without cuDNN, which these kernels do not use.
-    os.environ["JAX_SKIP_CUDA_CONSTRAINTS_CHECK"] = "1"
-    options = {"target_config": _H100_TARGET, "topology": "1x1x1"}
-    return topologies.get_topology_desc("one H100", "cuda", **options).devices
+    return gpu_devices("h100", 1)
