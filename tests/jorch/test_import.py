@@ -112,6 +112,7 @@ def test_an_export_of_an_import_is_byte_identical(jorch, published, tmp_path):
     assert line == f"jorch: error: {tmp_path / 'out'} is not an empty folder; choose another --out"
 
 
+@pytest.mark.parametrize("published", [UNTIED], indirect=True, ids=["untied"])
 def test_an_export_in_the_other_type(jorch, published, mesh, qwen3_logits, tmp_path):
     """Its config says so, its tensors are rounded once, and its probe is of the rounded ones."""
     folder, config = published

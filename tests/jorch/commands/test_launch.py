@@ -91,6 +91,7 @@ def test_rollouts_of_two_processes_train_like_those_of_one(jorch: Any) -> None:
     assert jorch.stray() == []
 
 
+@pytest.mark.slow
 def test_a_mistake_is_one_line_with_the_rank(jorch: Any) -> None:
     line = jorch.line(2, "launch", "sft.yaml", "mesh.fsdp=3", "--local", "2")
     assert line.startswith("error: process ")
