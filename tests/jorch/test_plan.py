@@ -195,7 +195,8 @@ def test_a_program_for_gpus_takes_the_planned_state(tiny_config):
     needed = memory(job, 16, "dense")
     planned = needed.parameters + needed.optimizer_state + 10 * 4 * 16 * 256 / 8
     compiled = ahead_of_time.compile_step(job, topology.parse("a100:16"), planned)
-    assert planned <= compiled.arguments < 1.1 * planned
+    # Each XLA places the last bytes of small arrays in its own way.
+    assert 0.99 * planned <= compiled.arguments < 1.1 * planned
     assert compiled.peak > compiled.arguments
     assert not compiled.fits  # in the state's own bytes
 

@@ -10,6 +10,7 @@ import yaml
 from jorch import cli
 from jorch.export import hf, pretrained
 from jorch.export.heads import widen
+from jorch.export.source import Held
 from jorch.sections import MeshConfig, MiniatureConfig
 from jorch.serving.vllm import EXECUTABLE_VARIABLE, ServeOptions, vllm_server
 from jorch.sharding import make_mesh
@@ -36,7 +37,7 @@ def test_the_base_scores_the_same_behind_vllm(tmp_path: Path, monkeypatch: pytes
     for name in ("ours", "theirs"):
         Path(f"{name}.yaml").write_text(f"out: {name}{EVAL}")
     start = pretrained.load("base", make_mesh(MeshConfig()))
-    hf.save(Path("model"), *widen(start.model.config, start.params), start.tokenizer, {})
+    hf.write(Path("model"), *widen(start.model.config, Held(start.params)), start.tokenizer, {})
     with vllm_server(ServeOptions(Path("model"), max_context_tokens=256), Path("vllm.log")) as url:
         assert cli.main(["eval", "theirs.yaml", "--endpoint", f"{url}/v1"]) == 0
     assert cli.main(["eval", "ours.yaml"]) == 0

@@ -288,7 +288,7 @@ def test_the_openai_surface_parses_tool_calls(tmp_path, mesh):
 def test_the_base_is_served_with_wider_heads(tmp_path, mesh):
     """The quickstart's heads are narrower than vLLM's CPU attention allows."""
     start = pretrained.load("base", mesh)
-    assert widen(start.model.config, start.params)[0].head_dim == 32
+    assert widen(start.model.config, Held(start.params))[0].head_dim == 32
     rollout = RolloutConfig(max_tokens_per_turn=MAX_TOKENS)
     config = SamplerConfig(max_rows=32, max_context_tokens=CONTEXT, vllm=VllmConfig())
     sampler = make_sampler(config, rollout, start, tmp_path)

@@ -14,6 +14,7 @@ from server_client import serving
 
 from jorch.export import hf, pretrained
 from jorch.export.heads import widen
+from jorch.export.source import Held
 from jorch.serving.vllm import EXECUTABLE_VARIABLE, ServeOptions, vllm_server
 from jorch.synth import miniature
 
@@ -32,8 +33,7 @@ def model_server(mesh, tmp_path_factory):
     """The url of a server with quickstart's base model."""
     start = pretrained.load("base", mesh)
     folder = tmp_path_factory.mktemp("expert")
-    config, params = widen(start.model.config, start.params)
-    hf.save(folder / "model", config, params, start.tokenizer, {})
+    hf.write(folder / "model", *widen(start.model.config, Held(start.params)), start.tokenizer, {})
     with vllm_server(ServeOptions(folder / "model", max_context_tokens=1024), folder / "vllm.log") as url:
         yield url
 
