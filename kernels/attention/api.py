@@ -9,6 +9,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from kernels.attention import cudnn, pallas_mosaic_gpu, pallas_tpu, xla_chunked
 from kernels.attention.choice import Implementation, Request, choose, log_once, refusal
+from kernels.attention.gradient import delta
 from kernels.attention.reference import attention_with_lse, visible
 from kernels.attention.tiles import TiledMask, tile
 from kernels.compat import target
@@ -150,7 +151,8 @@ def _by_tiles_forward(
 
 def _by_tiles_backward(scale: float, softcap: float | None, path: str, saved: tuple, gradients: tuple) -> tuple:
     q, k, v, mask, o, lse = saved
-    dq, dk, dv = BY_TILES[path].backward(q, k, v, mask, scale, softcap, o, lse, *gradients)
+    do, dlse = gradients
+    dq, dk, dv = BY_TILES[path].backward(q, k, v, mask, scale, softcap, lse, do, delta(o, do, dlse))
     return dq.astype(q.dtype), dk.astype(k.dtype), dv.astype(v.dtype), None
 
 

@@ -18,6 +18,7 @@ from jax.sharding import Mesh, PartitionSpec
 
 from kernels.attention import xla_chunked
 from kernels.attention.api import SAVED_NAME
+from kernels.attention.gradient import delta
 from kernels.attention.reference import depths
 from kernels.attention.tiles import TiledMask, active_tiles, tile
 
@@ -158,7 +159,7 @@ def _attend_backward(static: _Static, saved: tuple, do: jax.Array) -> tuple:
         mask = static.tiled(end, place)
         whole_k, whole_v = (_gather(x, place, static.axis) for x in (k, v))
         dq, dk, dv = xla_chunked.backward(
-            q, whole_k, whole_v, mask, static.scale, static.softcap, o, lse, do, jnp.zeros_like(lse)
+            q, whole_k, whole_v, mask, static.scale, static.softcap, lse, do, delta(o, do, jnp.zeros_like(lse))
         )
         dk, dv = (_scatter_sum(x, place, static.axis) for x in (dk, dv))
         return dq.astype(q.dtype), dk.astype(k.dtype), dv.astype(v.dtype)

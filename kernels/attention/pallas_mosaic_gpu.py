@@ -363,15 +363,12 @@ def backward(
     mask: TiledMask,
     scale: float,
     softcap: float | None,
-    o_BTNH: jax.Array,
     lse_BTN: jax.Array,
     do_BTNH: jax.Array,
-    dlse_BTN: jax.Array,
+    delta_BTN: jax.Array,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """The gradients of q, k and v in their dtypes, given those of the outputs and of the log-sum-exp."""
+    """The gradients of q, k and v in their dtypes, given that of the outputs; `delta` as in `gradient.py`."""
     rule = _rule(q_BTNH, k_BSKH, scale, softcap)
-    # d loss / d score = p * (dp - delta): delta is what the softmax's normalisation takes off.
-    delta_BTN = jnp.sum(do_BTNH.astype(jnp.float32) * o_BTNH.astype(jnp.float32), -1) - dlse_BTN
     # A row that sees nothing gets weights of 2 ** -1e15 = 0.
     lse_BTN = jnp.where(jnp.isfinite(lse_BTN), lse_BTN * _LOG2_E, _INVISIBLE)
     q, k, v, do = _padded(mask, q_BTNH, k_BSKH, v_BSKH, do_BTNH.astype(q_BTNH.dtype))
@@ -420,16 +417,9 @@ def _padded(mask: TiledMask, *arrays_BTNH: jax.Array) -> list[jax.Array]:
 
 def _lists(mask: TiledMask) -> tuple[jax.Array, tuple, tuple]:
     """(end i32[B, S]; of query tiles and of key tiles: (2 * tile + 1 if it is wholly visible, how many))"""
-    # Queries that only fill up a tile see nothing, whatever `end` says.
-    end_BS = jnp.minimum(mask.end_BS, mask.num_tokens)
-    B, S = end_BS.shape
-    first = jnp.arange(0, S, BLOCK)
-    full_BIJ = (first + BLOCK - 1 <= first[:, None]) & (
-        first[:, None] + BLOCK <= end_BS.reshape(B, 1, -1, BLOCK).min(-1)
-    )
 
     def coded(tiles: jax.Array, full: jax.Array) -> jax.Array:
         return 2 * tiles + jnp.take_along_axis(full, tiles, axis=2)
 
-    k_lists = (coded(mask.k_tiles_BIJ, full_BIJ), mask.num_k_BI)
-    return end_BS, k_lists, (coded(mask.q_tiles_BJI, full_BIJ.swapaxes(1, 2)), mask.num_q_BJ)
+    k_lists = (coded(mask.k_tiles_BIJ, mask.full_BIJ), mask.num_k_BI)
+    return mask.end_BS, k_lists, (coded(mask.q_tiles_BJI, mask.full_BIJ.swapaxes(1, 2)), mask.num_q_BJ)

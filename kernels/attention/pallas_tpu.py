@@ -215,8 +215,8 @@ def forward(
     rule = _Rule(mask.block_q, mask.block_k, scale, softcap, N // K)
 
     def of_row(row: tuple) -> tuple[jax.Array, jax.Array]:
-        end_S, k_lists, _, *arrays = row
-        return _forward_row(rule, end_S, k_lists, *arrays)
+        end_S, full_IJ, k_lists, _, *arrays = row
+        return _forward_row(rule, end_S, full_IJ, k_lists, *arrays)
 
     o_BNTH, lse_BNT = jax.lax.map(of_row, (*_mask_rows(mask), *_heads_first(mask, q_BTNH, k_BSKH, v_BSKH)))
     return o_BNTH.swapaxes(1, 2)[:, :T], lse_BNT.swapaxes(1, 2)[:, :T]
@@ -229,16 +229,13 @@ def backward(
     mask: TiledMask,
     scale: float,
     softcap: float | None,
-    o_BTNH: jax.Array,
     lse_BTN: jax.Array,
     do_BTNH: jax.Array,
-    dlse_BTN: jax.Array,
+    delta_BTN: jax.Array,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """The gradients of q, k and v in their dtypes, given those of the outputs and of the log-sum-exp."""
+    """The gradients of q, k and v in their dtypes, given that of the outputs; `delta` as in `gradient.py`."""
     (T, N), K = q_BTNH.shape[1:3], k_BSKH.shape[2]
     rule = _Rule(mask.block_q, mask.block_k, scale, softcap, N // K)
-    # d loss / d score = p * (dp - delta): delta is what the softmax's normalisation takes off.
-    delta_BTN = jnp.sum(do_BTNH.astype(jnp.float32) * o_BTNH.astype(jnp.float32), -1) - dlse_BTN
 
     arrays = _heads_first(mask, q_BTNH, k_BSKH, v_BSKH, do_BTNH.astype(q_BTNH.dtype))
     numbers = (x.swapaxes(2, 3) for x in _heads_first(mask, lse_BTN[..., None], delta_BTN[..., None]))
@@ -248,24 +245,13 @@ def backward(
 
 
 def _mask_rows(mask: TiledMask) -> tuple:
-    # Queries that only fill up a tile see nothing, whatever `end` says.
-    end_BS = jnp.minimum(mask.end_BS, mask.num_tokens)
-    return end_BS, (mask.k_tiles_BIJ, mask.num_k_BI), (mask.q_tiles_BJI, mask.num_q_BJ)
+    return mask.end_BS, mask.full_BIJ, (mask.k_tiles_BIJ, mask.num_k_BI), (mask.q_tiles_BJI, mask.num_q_BJ)
 
 
 def _heads_first(mask: TiledMask, *arrays_BTNH: jax.Array) -> list[jax.Array]:
     """[B, N, S, H], zeros up to whole tiles."""
     room = mask.end_BS.shape[1] - mask.num_tokens
     return [jnp.pad(x, ((0, 0), (0, room), (0, 0), (0, 0))).swapaxes(1, 2) for x in arrays_BTNH]
-
-
-def _full(rule: _Rule, end_S: jax.Array) -> jax.Array:
-    """bool[I, J]: every query of the tile sees every key of it."""
-    S = len(end_S)
-    first_q_I1 = jnp.arange(0, S, rule.block_q)[:, None]
-    first_k_J = jnp.arange(0, S, rule.block_k)
-    first_end_J = end_S.reshape(-1, rule.block_k).min(1)
-    return (first_k_J + rule.block_k - 1 <= first_q_I1) & (first_q_I1 + rule.block_q <= first_end_J)
 
 
 class _Specs:
@@ -322,11 +308,13 @@ def _call(rule: _Rule, kernel: Any, grid: tuple, visits: tuple, in_specs: list, 
     return partial(call, code_E)
 
 
-def _forward_row(rule: _Rule, end_S: jax.Array, lists: tuple, *arrays: jax.Array) -> tuple[jax.Array, jax.Array]:
+def _forward_row(
+    rule: _Rule, end_S: jax.Array, full_IJ: jax.Array, lists: tuple, *arrays: jax.Array
+) -> tuple[jax.Array, jax.Array]:
     q_NSH = arrays[0]
     (N, S, H), X = q_NSH.shape, rule.block_q
     spec = _Specs(rule, H, by_query=True)
-    visits = _visits(lists, _full(rule, end_S), num_visits(S, X, rule.block_k))
+    visits = _visits(lists, full_IJ, num_visits(S, X, rule.block_k))
     outputs = [
         (spec.q, jax.ShapeDtypeStruct((N, S, H), q_NSH.dtype)),
         (spec.number, jax.ShapeDtypeStruct((N, 1, S), jnp.float32)),
@@ -337,11 +325,11 @@ def _forward_row(rule: _Rule, end_S: jax.Array, lists: tuple, *arrays: jax.Array
 
 
 def _backward_row(
-    rule: _Rule, end_S: jax.Array, k_lists: tuple, q_lists: tuple, *arrays: jax.Array
+    rule: _Rule, end_S: jax.Array, full_IJ: jax.Array, k_lists: tuple, q_lists: tuple, *arrays: jax.Array
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     q_NSH, k_KSH = arrays[:2]
     (N, S, H), K, X, C = q_NSH.shape, len(k_KSH), rule.block_q, rule.block_k
-    full_IJ, room = _full(rule, end_S), num_visits(S, X, C)
+    room = num_visits(S, X, C)
     dq_shape, dk_shape = (jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (q_NSH, k_KSH))
 
     def in_specs(spec: _Specs) -> list:

@@ -102,17 +102,14 @@ def backward(
     mask: TiledMask,
     scale: float,
     softcap: float | None,
-    o_BTNH: jax.Array,
     lse_BTN: jax.Array,
     do_BTNH: jax.Array,
-    dlse_BTN: jax.Array,
+    delta_BTN: jax.Array,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """The gradients of q, k and v in float32, given those of the outputs and of the log-sum-exp."""
+    """The gradients of q, k and v in float32, given that of the outputs; `delta` as in `gradient.py`."""
     (T, N), (S, K) = q_BTNH.shape[1:3], k_BSKH.shape[1:3]
     rule, rows = _rule(mask, scale, softcap, N // K), _rows(mask)
     num_steps_J = mask.num_q_BJ.max(0)
-    # d loss / d score = p * (dp - delta): delta is what the softmax's normalisation takes off.
-    delta_BTN = jnp.sum(do_BTNH.astype(jnp.float32) * o_BTNH.astype(jnp.float32), -1) - dlse_BTN
 
     def of_row(row: _Row, *tiles: jax.Array) -> tuple[jax.Array, ...]:
         q_IKQH, k_JKCH, v_JKCH, do_IKQH, lse_IKQ1, delta_IKQ1 = tiles

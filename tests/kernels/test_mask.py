@@ -122,6 +122,7 @@ def test_active_tiles_hold_a_visible_pair(end, blocks):
     seen = sees(end).reshape(T // block_q, block_q, T // block_k, block_k)
     assert not (seen.any((1, 3)) & ~got).any(), "a visible pair would be skipped"
     tiles = jit_tile(end_BS, block_q=block_q, block_k=block_k)
+    np.testing.assert_array_equal(tiles.full_BIJ[0], seen.all((1, 3)))
     for lists, counts, rows in (
         (tiles.k_tiles_BIJ[0], tiles.num_k_BI[0], got),
         (tiles.q_tiles_BJI[0], tiles.num_q_BJ[0], got.T),
@@ -135,8 +136,10 @@ def test_active_tiles_hold_a_visible_pair(end, blocks):
 def test_no_visible_pair_of_a_forest_is_skipped(forest, window):
     end, _ = forest
     end_BS = jnp.asarray(end)[None]
-    seen = sees(end, window).reshape(4, 3, 4, 3).any((1, 3))
-    assert not (seen & ~np.asarray(active(end_BS, window, 3, 3)[0])).any()
+    seen = sees(end, window).reshape(4, 3, 4, 3)
+    tiles = tile(end_BS, window=window, block_q=3, block_k=3)
+    assert not (seen.any((1, 3)) & ~np.asarray(active(end_BS, window, 3, 3)[0])).any()
+    assert not (np.asarray(tiles.full_BIJ[0]) & ~seen.all((1, 3))).any(), "an invisible pair would be taken for visible"
 
 
 def test_packed_rows_skip_all_that_is_invisible():
