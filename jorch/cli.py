@@ -44,7 +44,7 @@ STAGES = {
     "export": "jorch.export.checkpoint",
     "verify": "jorch.export.verify",
     "serve": "jorch.serving.vllm",
-    "bench": "jorch.bench",
+    "bench": "jorch.bench.loop",
 }
 """What takes seconds to import, jax above all."""
 
@@ -130,17 +130,17 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _bench(options: argparse.Namespace) -> None:
-    from jorch import bench, checkpoint_bench, kernel_bench, train_bench
+    from jorch.bench import checkpoint, kernels, loop, train
 
     match options.what:
         case "kernels":
-            kernel_bench.run(options.json, options.tokens)
+            kernels.run(options.json, options.tokens)
         case "checkpoint":
-            checkpoint_bench.run(options.json)
+            checkpoint.run(options.json)
         case "train":
-            train_bench.run(options.json, options.tokens, options.layers, options.lora, options.remat)
+            train.run(options.json, options.tokens, options.layers, options.lora, options.remat)
         case "loop":
-            bench.run_loop(options.json)
+            loop.run(options.json)
 
 
 def _become_tool_server(options: argparse.Namespace) -> NoReturn:

@@ -34,12 +34,12 @@ RANKS = {
     **dict.fromkeys(("model", "data", "checkpoint"), 2),
     **dict.fromkeys(("rollout", "train", "export", "serving"), 3),
     **dict.fromkeys(("rl", "synth", "evals"), 4),
-    **dict.fromkeys(("quickstart", "bench", "kernel_bench", "checkpoint_bench", "train_bench", "launch", "plan"), 5),
+    **dict.fromkeys(("quickstart", "bench", "launch", "plan"), 5),
     **dict.fromkeys(("cli", "arguments"), 6),
 }
 """A part of jorch may import parts of lower rank, and itself; parts of rank 1 and 6 also each other."""
 
-SIDEWAYS = {("export", "train"), ("serving", "export"), ("serving", "rollout"), ("train_bench", "plan")}
+SIDEWAYS = {("export", "train"), ("serving", "export"), ("serving", "rollout"), ("bench", "plan")}
 """Parts of one rank that may be imported one way: a checkpoint can only be read into the state that was saved, and a
 server gets its weights as exported and answers the rollouts; a benchmark takes the published dimensions."""
 
@@ -53,7 +53,7 @@ BRIDGES = {
 
 KERNEL_USERS = {
     "jorch/data/packing.py": "kernels.attention.mask",  # NumPy only
-    "jorch/kernel_bench.py": "kernels.bench",
+    "jorch/bench/kernels.py": "kernels.bench",
     "jorch/model/attention.py": "kernels",
     "jorch/model/decode.py": "kernels",
     "jorch/train/logprobs.py": "kernels",
@@ -77,10 +77,6 @@ WITH_JAX = {
     "sharding.py",
     "processes.py",
     "quickstart.py",
-    "bench.py",
-    "kernel_bench.py",
-    "checkpoint_bench.py",
-    "train_bench.py",
     "jax_sampler.py",
     "row_batch.py",
 }

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from jorch import checkpoint_bench
+from jorch.bench import checkpoint as checkpoint_bench
 
 
 def test_it_times_both_ways_and_writes_the_numbers_down(tmp_path, monkeypatch, capsys):

@@ -1,6 +1,6 @@
 """The report of `jorch bench kernels`: the table shows the numbers that were measured, the plot is an image."""
 
-from jorch import kernel_bench
+from jorch.bench import kernels as kernel_bench
 from kernels.bench import Line, Timing
 
 

@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 
 from jorch import cli
+from jorch.bench.train import jax_causal_rows, jax_rows
 from jorch.flops import PEAK_FLOPS, train_flops
 from jorch.model.attention import packed_rows
 from jorch.sections import LoraConfig, ModelConfig
-from jorch.train_bench import jax_causal_rows, jax_rows
 from kernels.shapes import MASKS
 
 
@@ -30,7 +30,7 @@ def test_both_attentions_compute_the_same(mask, theirs):
 @pytest.mark.timeout(600)
 def test_every_case_is_printed_and_follows_from_the_formula(tmp_path, capsys, monkeypatch):
     """Rows of 64 tokens, packed ones of 4, 24, 7, 13, 5 and 11, as if this were an H100."""
-    monkeypatch.setattr("jorch.train_bench.peak_flops", lambda kind: PEAK_FLOPS["h100"])
+    monkeypatch.setattr("jorch.bench.train.peak_flops", lambda kind: PEAK_FLOPS["h100"])
     path = tmp_path / "train.json"
     assert cli.main(["bench", "train", "--tokens", "64", "--layers", "1", "--lora", "--json", str(path)]) == 0
     written, printed = json.loads(path.read_text()), capsys.readouterr().out

@@ -68,7 +68,7 @@ print(json.dumps({"tokens_per_s": [run() for _ in range(repeats)], "transformers
 """
 
 
-def run_loop(json_path: Path | None, num_steps: int = 20) -> None:
+def run(json_path: Path | None, num_steps: int = 20) -> None:
     """Measure, print the table, and write the same numbers to `json_path`."""
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)

@@ -1,0 +1,1 @@
+"""`jorch bench`: what this machine does with a part of jorch, beside what others do with it."""
