@@ -108,7 +108,7 @@ def checksums(state: Any) -> dict[str, int]:
     Tensorstore checks its own records, but not the arrays' bytes.
     """
     names = ["/".join(names_of(path)) for path, _ in jax.tree_util.tree_leaves_with_path(state)]
-    return dict(zip(names, map(int, _sums(jax.tree.leaves(state))), strict=True))
+    return dict(zip(names, map(int, jax.device_get(_sums(jax.tree.leaves(state)))), strict=True))
 
 
 @jax.jit
