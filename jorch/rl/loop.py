@@ -81,11 +81,22 @@ class Learner:
         """Of the whole model: what samplers and exports take."""
         return self.model.merge(self.state.params, self.frozen)
 
-    def update(self, groups: list[Group]) -> dict[str, float]:
-        """One pass over the kept groups, in `num_minibatches` optimizer updates; nothing if none are left."""
-        began = time.perf_counter()
-        samples = [s for group in groups for s in from_group(group, self.config.algorithm)]
-        batches = [self._pack(part) for part in _split(samples, self.config.num_minibatches) if part]
+    def update(
+        self, step: int, tasks: list[Task], trajectories: list[list[Trajectory]]
+    ) -> tuple[dict[str, float], list[Group]]:
+        """Score the groups of `tasks` and train once on those that are kept, in `num_minibatches` optimizer updates.
+
+        Metrics and the scored groups, kept or not. Groups of which half is lost are left out.
+        """
+        began, config = time.perf_counter(), self.config
+        groups = [
+            score_group(task, [t for t in siblings if not t.lost], config.reward, config.algorithm)
+            for task, siblings in zip(tasks, trajectories, strict=True)
+            if is_scorable(siblings)
+        ]
+        kept = [g for g in groups if keeps_group(g.rewards, config.algorithm.min_group_std)]
+        samples = [s for group in kept for s in from_group(group, config.algorithm)]
+        batches = [self._pack(part) for part in _split(samples, config.num_minibatches) if part]
         packed = time.perf_counter()
         totals: list[dict[str, jax.Array]] = []
         for batch, num_sequences, _ in batches:
@@ -93,14 +104,20 @@ class Learner:
             totals.append(metrics)
         counts = sum(np.asarray(metrics.pop(log_ratios.COUNTS), np.float64) for metrics in totals)
         means = {name: float(np.mean([float(m[name]) for m in totals])) for name in (totals or [{}])[0]}
-        means |= log_ratios.quantiles(counts)
-        return means | {
+        self._check_finite(means, step)
+        metrics = (
+            means
+            | log_ratios.quantiles(counts)
+            | rollout_metrics(step, groups, [t for siblings in trajectories for t in siblings])
+        )
+        return metrics | {
+            "group/dropped_fraction": 1.0 - len(kept) / len(tasks),
             "samples/trained": float(sum(s.num_copies for s in samples)),
             "samples/distinct": float(len(samples)),
             "packing/fill": float(np.mean([fill for *_, fill in batches])) if batches else 0.0,
             "time/pack_s": packed - began,
             "time/learn_s": time.perf_counter() - packed,
-        }
+        }, groups
 
     def _pack(self, samples: list[Sample]) -> tuple[PackedBatch, float, float]:
         """(batch on the mesh, number of sequences in it, share of its positions that hold a token)"""
@@ -115,6 +132,17 @@ class Learner:
         if self.reference is not None:
             batch = batch._replace(ref_logprobs=self.logprobs_fn(self.reference, batch, self.frozen))
         return batch, float(sum(s.num_copies for s in samples)), fill
+
+    def _check_finite(self, metrics: dict[str, float], step: int) -> None:
+        """Stop after too many consecutive skipped updates."""
+        skipped = metrics.get("train/skipped", 0.0) > 0
+        self.skipped_in_a_row = self.skipped_in_a_row + 1 if skipped else 0
+        limit = self.config.optimizer.max_nonfinite_steps
+        if self.skipped_in_a_row >= limit:
+            raise FloatingPointError(
+                f"step {step}: the gradient was not finite {limit} times in a row "
+                f"(loss {metrics['train/loss']}); lower optimizer.learning_rate"
+            )
 
 
 def run(config: RlConfig, *, resume: bool, fresh: bool) -> None:
@@ -247,7 +275,7 @@ def _train_beside_rollouts(
         for step in range(first_step, config.steps):
             began = time.perf_counter()
             taken, trajectories, queue_metrics = rollouts.take(step)
-            metrics, groups = learn(config, step, taken, trajectories, learner)
+            metrics, groups = learner.update(step, taken, trajectories)
             rollouts.publish(weights.write(learner.params, step + 1), step + 1)
             metrics |= queue_metrics | {"time/step_s": time.perf_counter() - began}
             records.write(step, learner.state, metrics, groups, rollouts.num_used)
@@ -290,7 +318,7 @@ async def take_step(
     )
     trajectories = gather(played)
     rolled_out = time.perf_counter()
-    metrics, groups = learn(config, step, tasks, trajectories, learner)
+    metrics, groups = learner.update(step, tasks, trajectories)
     sampler.publish(to_host(learner.params), step + 1)
     sample_s = sampler.stats.busy_s - busy_s
     metrics |= {
@@ -301,46 +329,6 @@ async def take_step(
     return metrics, groups
 
 
-def learn(
-    config: RlConfig, step: int, tasks: list[Task], trajectories: list[list[Trajectory]], learner: Learner
-) -> tuple[dict[str, float], list[Group]]:
-    """Score the groups of `tasks` and update the policy once; metrics and the scored groups, kept or not.
-
-    Groups of which half is lost are left out.
-    """
-    began = time.perf_counter()
-    groups = [
-        score_group(task, [t for t in siblings if not t.lost], config.reward, config.algorithm)
-        for task, siblings in zip(tasks, trajectories, strict=True)
-        if is_scorable(siblings)
-    ]
-    kept = [g for g in groups if keeps_group(g.rewards, config.algorithm.min_group_std)]
-    scored = time.perf_counter()
-    metrics = learner.update(kept)
-    _check_finite(metrics, learner, config, step)
-    metrics |= rollout_metrics(step, groups, _flat(trajectories))
-    return metrics | {
-        "group/dropped_fraction": 1.0 - len(kept) / len(tasks),
-        "time/pack_s": metrics["time/pack_s"] + scored - began,
-    }, groups
-
-
-def _check_finite(metrics: dict[str, float], learner: Learner, config: RlConfig, step: int) -> None:
-    """Stop after too many consecutive skipped updates."""
-    skipped = metrics.get("train/skipped", 0.0) > 0
-    learner.skipped_in_a_row = learner.skipped_in_a_row + 1 if skipped else 0
-    limit = config.optimizer.max_nonfinite_steps
-    if learner.skipped_in_a_row >= limit:
-        raise FloatingPointError(
-            f"step {step}: the gradient was not finite {limit} times in a row "
-            f"(loss {metrics['train/loss']}); lower optimizer.learning_rate"
-        )
-
-
 def _split(samples: list[Sample], num_parts: int) -> list[list[Sample]]:
     bounds = np.linspace(0, len(samples), num_parts + 1).round().astype(int)
     return [samples[a:b] for a, b in itertools.pairwise(bounds)]
-
-
-def _flat(trajectories: list[list[Trajectory]]) -> list[Trajectory]:
-    return [t for siblings in trajectories for t in siblings]
