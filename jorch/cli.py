@@ -13,7 +13,6 @@ import os
 import shlex
 import signal
 import sys
-import threading
 import traceback
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -174,12 +173,23 @@ def _quiet_libraries() -> None:
     absl_logging.set_verbosity(absl_logging.FATAL)
     logging.getLogger("asyncio").setLevel(logging.CRITICAL)
     sys.excepthook = _print_uncaught
+    sys.unraisablehook = _print_unraisable
 
 
 def _print_uncaught(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
-    """After a failed save, threads of tensorstore report every further array to an event loop that has gone."""
-    if threading.current_thread() is threading.main_thread() or str(error) != "Event loop is closed":
+    if not _is_late_report(error, trace):
         sys.__excepthook__(kind, error, trace)
+
+
+def _print_unraisable(unraisable: "sys.UnraisableHookArgs") -> None:
+    if not _is_late_report(unraisable.exc_value, unraisable.exc_traceback):
+        sys.__unraisablehook__(unraisable)
+
+
+def _is_late_report(error: BaseException | None, trace: TracebackType | None) -> bool:
+    """After a failed save tensorstore's threads report every further array to an event loop that has gone."""
+    called = trace.tb_frame.f_code.co_name if trace else ""
+    return called == "call_soon_threadsafe" and str(error) == "Event loop is closed"
 
 
 def _report(error: BaseException, argv: list[str]) -> int:
