@@ -1,6 +1,6 @@
 """What several test files share: one device, a tiny Qwen3, and Qwen3 written down once more in float64."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from types import ModuleType
 from typing import Any
 
@@ -106,3 +106,12 @@ def tiny() -> tuple[Qwen3, Any]:
     """A tiny tied model and its parameters; nobody may donate them."""
     model = Qwen3(_tiny_config())
     return model, _random_params(model)
+
+
+@pytest.fixture(scope="module")
+def quick_compiles() -> Iterator[None]:
+    """For files whose time is XLA's: it leaves out most optimisations, which oracles within a tolerance do not need."""
+    before = jax.config.jax_disable_most_optimizations
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", before)

@@ -11,6 +11,8 @@ from hypothesis import strategies as st
 
 from jorch.model.decode import Decoder, empty_cache
 
+pytestmark = pytest.mark.usefixtures("quick_compiles")
+
 ROWS, COLUMNS, BLOCK, MAX_TOKENS, STOP_ID = 4, 48, 4, 3, 9
 # Float32 against float64 through two layers, logits up to about 10.
 ATOL = 2e-4

@@ -23,6 +23,8 @@ from jorch.sharding import make_mesh
 from jorch.train.step import make_logprobs_fn
 from jorch.types import CompletionRequest, Sample
 
+pytestmark = pytest.mark.usefixtures("quick_compiles")
+
 MAX_TOKENS, STOP_ID, CONTEXT = 3, 9, 46
 # Float32 against float64 through two layers, logits up to about 10.
 ATOL = 2e-4

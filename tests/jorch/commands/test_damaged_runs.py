@@ -54,7 +54,7 @@ def test_a_damaged_checkpoint_is_named(damage: str, jorch: Any, stopped: Path) -
 
 
 def test_a_run_goes_on_from_the_checkpoint_before(jorch: Any, stopped: Path, reference: Path) -> None:
-    DAMAGES["a flipped bit"](stopped / "4")
+    DAMAGES["a missing index"](stopped / "4")  # a flipped bit may lie in moments, which an export never reads
     assert jorch.line(2, "export", "rl", "--out", "exported").startswith("error: checkpoint rl/checkpoints/4 cannot")
     shutil.rmtree(stopped / "4")
     result = jorch.run("rl", "rl.yaml", "--resume")
