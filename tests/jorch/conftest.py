@@ -111,7 +111,7 @@ def tiny() -> tuple[Qwen3, Any]:
 @pytest.fixture(scope="module")
 def quick_compiles() -> Iterator[None]:
     """For files whose time is XLA's: it leaves out most optimisations, which oracles within a tolerance do not need."""
-    before = jax.config.jax_disable_most_optimizations
+    before = jax.config.read("jax_disable_most_optimizations")
     jax.config.update("jax_disable_most_optimizations", True)
     yield
     jax.config.update("jax_disable_most_optimizations", before)
