@@ -349,7 +349,7 @@ def test_it_does_not_start_without_a_sandbox_unless_told_to(monkeypatch):
 
     monkeypatch.setattr("tools_server.sandbox.bubblewrap.BWRAP", "no-such-bwrap")
     with pytest.raises(
-        ValueError, match=r"bwrap cannot be started: No such file .* run_model_code_without_a_sandbox: true"
+        ValueError, match=r"no-such-bwrap is not installed; .* run_model_code_without_a_sandbox: true"
     ):
         asyncio.run(start())
     assert asyncio.run(start(unprotected=True)).stdout == b"1\n"

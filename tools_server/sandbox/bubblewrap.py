@@ -2,12 +2,16 @@
 
 Started as root, a sandbox first drops to a user id of its own. Otherwise the files of `/proc/sys` that belong
 to root would stay writable inside, and the limit on processes would not hold.
+
+A shell joins the cgroup and `setpriv` changes the user, in the new process: so nothing ever runs outside its group, and
+Python need not fork this process, which takes the longer the more memory it has, but can let it share its memory (vfork).
 """
 
 import asyncio
 import contextlib
-import json
 import os
+import shlex
+import shutil
 import signal
 import time
 from dataclasses import dataclass
@@ -19,6 +23,9 @@ from tools_server.sandbox.seccomp import filter_program
 
 WORKER = Path(__file__).with_name("worker.py").read_text(encoding="utf-8")
 BWRAP = "bwrap"
+SETPRIV = "setpriv"
+"""Of util-linux."""
+PATH = "/usr/bin:/bin"
 READY = b"ready\n"
 START_TIMEOUT_S = 20.0
 
@@ -74,26 +81,46 @@ def command(python: str, read_only: tuple[str, ...], tmp_bytes: int, seccomp_fd:
     ]
 
 
+def launcher(uid: int | None, cgroup: Cgroup | None) -> list[str]:
+    """What comes before bwrap: join the group, become the user. Raises SandboxFailure where a program is missing."""
+    for program in (BWRAP, *(() if uid is None else (SETPRIV,))):
+        if shutil.which(program, path=PATH) is None:
+            raise SandboxFailure(f"{program} is not installed")
+    user = [] if uid is None else [SETPRIV, "--reuid", str(uid), "--regid", str(uid), "--clear-groups", "--"]
+    if cgroup is None:
+        return user
+    joins = [f"echo $$ >{shlex.quote(str(folder / 'cgroup.procs'))}" for folder in cgroup.folders]
+    return ["/bin/sh", "-c", " && ".join([*joins, 'exec "$@"']), "sandbox", *user]
+
+
 class Sandbox:
     """A process that waits for its one program."""
 
-    def __init__(self, process: asyncio.subprocess.Process, slot: int, limits: Limits) -> None:
+    def __init__(self, process: asyncio.subprocess.Process, slot: int, limits: Limits, cgroup: Cgroup | None) -> None:
         self.slot = slot
-        self._cgroup: Cgroup | None = None
+        self._cgroup = cgroup
         self._process = process
         self._limits = limits
 
     @classmethod
     async def start(
-        cls, python: str, read_only: tuple[str, ...], limits: Limits, slot: int, uid: int | None
+        cls,
+        python: str,
+        read_only: tuple[str, ...],
+        limits: Limits,
+        slot: int,
+        uid: int | None,
+        cgroup: Cgroup | None = None,
     ) -> "Sandbox":
-        """A ready sandbox. `uid`: the user to become first, None to stay who we are. Raises SandboxFailure."""
+        """A ready sandbox. `uid`: the user to become first, None to stay who we are. `cgroup`: what it joins before,
+        and what goes with it. Raises SandboxFailure.
+        """
         reading, writing = os.pipe()
         try:
             os.write(writing, filter_program())
             os.close(writing)
-            arguments = command(python, read_only, limits.memory_bytes // 4, reading)
-            return await cls._start(arguments, limits, slot, uid, (reading,))
+            arguments = launcher(uid, cgroup) + command(python, read_only, limits.memory_bytes // 4, reading)
+            return await cls._start(arguments, limits, slot, cgroup, (reading,))
         finally:
             os.close(reading)
 
@@ -104,20 +131,23 @@ class Sandbox:
 
     @classmethod
     async def _start(
-        cls, arguments: list[str], limits: Limits, slot: int, uid: int | None, fds: tuple[int, ...]
+        cls, arguments: list[str], limits: Limits, slot: int, cgroup: Cgroup | None, fds: tuple[int, ...]
     ) -> "Sandbox":
-        as_user = {} if uid is None else {"user": uid, "group": uid, "extra_groups": []}
         pipe = asyncio.subprocess.PIPE
         try:
             process = await asyncio.create_subprocess_exec(
-                *(*arguments, "-I", "-c", WORKER, json.dumps(_resource_limits(limits))),
-                **({"stdin": pipe, "stdout": pipe, "stderr": pipe, "pass_fds": fds, "cwd": "/"} | as_user),
+                *(*arguments, "-I", "-c", WORKER, *_resource_limits(limits)),
+                stdin=pipe,
+                stdout=pipe,
+                stderr=pipe,
+                pass_fds=fds,
+                cwd="/",
                 start_new_session=True,
-                env={"PATH": "/usr/bin:/bin"},
+                env={"PATH": PATH},
             )
         except OSError as error:
             raise SandboxFailure(f"{arguments[0]} cannot be started: {error.strerror}") from None
-        sandbox = cls(process, slot, limits)
+        sandbox = cls(process, slot, limits, cgroup)
         assert process.stdout is not None
         assert process.stderr is not None
         try:
@@ -137,14 +167,6 @@ class Sandbox:
     @property
     def alive(self) -> bool:
         return self._process.returncode is None
-
-    def join(self, cgroup: Cgroup) -> None:
-        """Put the sandbox, which waits for its program, into a group, which goes with it. Raises SandboxFailure."""
-        self._cgroup = cgroup
-        try:
-            cgroup.take(self._process.pid)
-        except OSError as error:
-            raise SandboxFailure(f"{error.filename}: {error.strerror}") from None
 
     async def run(self, source: str, timeout_s: float) -> Run:
         """Execute `source`. The sandbox is spent afterwards. Raises SandboxFailure where something else killed it."""
@@ -214,8 +236,8 @@ class Sandbox:
         return bytes(content[:most]), cut
 
 
-def _resource_limits(limits: Limits) -> dict[str, tuple[int, int]]:
-    """Soft and hard. The soft limit on CPU time sends SIGXCPU, which tells it from other ends."""
+def _resource_limits(limits: Limits) -> list[str]:
+    """NAME=SOFT:HARD. The soft limit on CPU time sends SIGXCPU, which tells it from other ends."""
     limit = {
         "RLIMIT_AS": limits.memory_bytes,
         "RLIMIT_NPROC": limits.max_processes,
@@ -223,4 +245,5 @@ def _resource_limits(limits: Limits) -> dict[str, tuple[int, int]]:
         "RLIMIT_NOFILE": 64,
         "RLIMIT_CORE": 0,
     }
-    return {name: (value, value) for name, value in limit.items()} | {"RLIMIT_CPU": (limits.cpu_s, limits.cpu_s + 1)}
+    cpu = f"RLIMIT_CPU={limits.cpu_s}:{limits.cpu_s + 1}"
+    return [*(f"{name}={value}:{value}" for name, value in limit.items()), cpu]

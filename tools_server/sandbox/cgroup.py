@@ -78,12 +78,6 @@ class Cgroup:
             if (folder / file).exists():
                 (folder / file).write_text(str(value), encoding="ascii")
 
-    def take(self, pid: int) -> None:
-        """Take in a process and all below it. Raises OSError."""
-        for one in _tree(pid):
-            for folder in self.folders:
-                (folder / "cgroup.procs").write_text(str(one), encoding="ascii")
-
     def ran_out_of_memory(self) -> bool:
         """Whether the kernel ended a process of the group for want of memory."""
         file = "memory.oom_control" if self.version == 1 else "memory.events"
@@ -131,13 +125,3 @@ def _prepare_version_2(parent: Path) -> Path:
     except OSError as error:
         raise NoCgroups(f"{error.filename}: {error.strerror}") from None
     return parent
-
-
-def _tree(pid: int) -> list[int]:
-    """`pid` and all processes below it, parents first."""
-    found = [pid]
-    for one in found:
-        with contextlib.suppress(OSError):
-            for task in Path(f"/proc/{one}/task").iterdir():
-                found += map(int, (task / "children").read_text(encoding="ascii").split())
-    return found

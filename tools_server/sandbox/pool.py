@@ -114,14 +114,13 @@ class SandboxPool:
         if self._unprotected:
             return await Sandbox.start_unprotected(self._python, self._limits, slot)
         uid = FIRST_UID + slot if os.geteuid() == 0 else None
-        sandbox = await Sandbox.start(self._python, self._read_only, self._limits, slot, uid)
-        if self._cgroups is not None:
-            try:
-                sandbox.join(self._make_cgroup(self._cgroups))
-            except BaseException:
-                await sandbox.close()
-                raise
-        return sandbox
+        cgroup = self._make_cgroup(self._cgroups) if self._cgroups is not None else None
+        try:
+            return await Sandbox.start(self._python, self._read_only, self._limits, slot, uid, cgroup)
+        except BaseException:
+            if cgroup is not None:
+                cgroup.remove()
+            raise
 
     def _make_cgroup(self, cgroups: Cgroups) -> Cgroup:
         """For the sandbox's own processes too, which wait beside the program's."""
