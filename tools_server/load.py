@@ -12,6 +12,7 @@ from typing import Any
 
 import aiohttp
 
+from tools_server.sandbox.cgroup import PREFIX, ROOT
 from tools_server.wire import MAX_ITEMS
 
 TICKS_PER_S = os.sysconf("SC_CLK_TCK")
@@ -64,6 +65,11 @@ class Server:
         while found := {pid for pid, parent in parents.items() if parent in below} - below:
             below |= found
         return len(below) - 1
+
+    @property
+    def num_cgroups(self) -> int:
+        """Of its sandboxes, each controller's tree counted."""
+        return sum(1 for _ in ROOT.rglob(f"{PREFIX}{self.process.pid}-*"))
 
 
 def _parents() -> dict[int, int]:

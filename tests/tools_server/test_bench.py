@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from tools_server.bench import TARGETS
+from tools_server.bench import TARGETS, verdict
 from tools_server.load import closed_loop, open_loop, quantile
 
 
@@ -24,7 +24,15 @@ def test_every_figure_is_reported(tmp_path):
     for name in ("null_call_cpu_us", "echo_cpu_us", "open_loop_p99_ms", "burst_rollouts_per_s", "python_calls_per_s"):
         assert figures[name] > 0
     assert figures["soak_calls"] == 2000
+    assert [figures[f"soak_{what}"] for what in ("descriptors", "threads", "processes", "cgroups")] == [0] * 4
     assert report["quick"] is True
+
+
+def test_a_figure_is_shown_beside_its_target():
+    shown = [verdict(*figure) for figure in (("python_p99_ms", 150), ("python_p99_ms", 151), ("echo_cpu_us", 9))]
+    assert shown == ["   at most 150: met", "   at most 150: missed", ""]
+    shown = [verdict("python_calls_per_s", value) for value in (24.9, 25)]
+    assert shown == ["   at least 25: missed", "   at least 25: met"]
 
 
 def test_an_open_loop_counts_the_wait_for_the_start():
