@@ -119,8 +119,8 @@ async def overhead(client: Client, num_calls: int) -> dict[str, float]:
 
 
 async def live_sessions(client: Client, count: int, environment: str, setup: dict[str, Any]) -> dict[str, float]:
-    """Memory of sessions that stay open, and the time to open one."""
-    await client.finish(*await client.open(10, environment, setup))
+    """Memory of sessions that stay open, worker processes' included, and the time to open one."""
+    await client.finish(*await client.open(50, environment, setup))
     before_bytes, began_s = client.server.resident_bytes, time.perf_counter()
     names = await client.open(count, environment, setup)
     open_ms = (time.perf_counter() - began_s) / count * 1e3

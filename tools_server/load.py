@@ -48,7 +48,10 @@ class Server:
 
     @property
     def resident_bytes(self) -> int:
-        return int(Path(f"/proc/{self.process.pid}/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+        """Of the server and its worker processes; not of sandboxes, which come and go."""
+        pids = [self.process.pid, *(pid for pid in self._below() if _holds_environments(pid))]
+        pages = sum(int(Path(f"/proc/{pid}/statm").read_text().split()[1]) for pid in pids)
+        return pages * os.sysconf("SC_PAGE_SIZE")
 
     @property
     def num_descriptors(self) -> int:
@@ -61,15 +64,24 @@ class Server:
     @property
     def num_processes(self) -> int:
         """Of all below the server."""
+        return len(self._below())
+
+    def _below(self) -> set[int]:
         below, parents = {self.process.pid}, _parents()
         while found := {pid for pid, parent in parents.items() if parent in below} - below:
             below |= found
-        return len(below) - 1
+        return below - {self.process.pid}
 
     @property
     def num_cgroups(self) -> int:
         """Of its sandboxes, each controller's tree counted."""
         return sum(1 for _ in ROOT.rglob(f"{PREFIX}{self.process.pid}-*"))
+
+
+def _holds_environments(pid: int) -> bool:
+    with contextlib.suppress(OSError):  # it has ended meanwhile
+        return b"tools_server.workers" in Path(f"/proc/{pid}/cmdline").read_bytes()
+    return False
 
 
 def _parents() -> dict[int, int]:

@@ -7,7 +7,6 @@ The rest (environments whose calls block, or billed latency that is slept) runs 
 import asyncio
 import time
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from typing import Any, TypeVar
 
@@ -19,6 +18,8 @@ from tools_server.environment import Branching, Environment, InfrastructureFailu
 from tools_server.errors import Conflict, log, name_and_line, one_line
 from tools_server.ledger import Ledger
 from tools_server.wire import Call, CallResult, OpenSession, SessionOpened, SessionRecord
+from tools_server.workers.environments import Origin, open_environment
+from tools_server.workers.pool import Workers
 
 T = TypeVar("T")
 Answer = T | asyncio.Future[T]
@@ -32,7 +33,7 @@ class Session:
         self,
         wanted: OpenSession,
         config: ServerConfig,
-        executor: ThreadPoolExecutor,
+        workers: Workers,
         deadlines: Deadlines,
         origin: "tuple[Session, int] | None" = None,
     ) -> None:
@@ -42,7 +43,7 @@ class Session:
         self.opened: Answer[SessionOpened]
         self.record: Answer[SessionRecord] | None = None
         self._config = config
-        self._executor = executor
+        self._workers = workers
         self._deadlines = deadlines
         self._environment: Environment | None = None
         self._branching: Branching | None = None
@@ -66,11 +67,6 @@ class Session:
         """Whether a task of this session is under way."""
         answers = (self.opened, *(answer for _, answer in self._answers.values()))
         return self._in_order.locked() or any(isinstance(a, asyncio.Future) and not a.done() for a in answers)
-
-    @property
-    def state(self) -> str:
-        """A digest of the world, where the environment keeps one."""
-        return "" if self._branching is None else self._branching.state()
 
     @property
     def _immediate(self) -> bool:
@@ -109,7 +105,7 @@ class Session:
 
     def fork(self, wanted: OpenSession, num_calls: int) -> "Session":
         """A session that goes on after this one's first `num_calls` calls."""
-        return Session(wanted, self._config, self._executor, self._deadlines, (self, num_calls))
+        return Session(wanted, self._config, self._workers, self._deadlines, (self, num_calls))
 
     async def restore(self, num_calls: int) -> None:
         """Take back all calls but the first `num_calls`, with their bill. Raises Conflict where that cannot be."""
@@ -119,6 +115,13 @@ class Session:
             self._answers, self._ledger, self._over, self._error = {}, Ledger(), False, None
             self._adopt(history)
             self._set_environment(environment)
+
+    async def state(self) -> str:
+        """A digest of the world, where the environment keeps one. Raises Conflict where it has failed."""
+        try:
+            return "" if self._branching is None else await self._off_loop(self._branching.state)
+        except InfrastructureFailure as failure:
+            raise Conflict(one_line(failure)) from None
 
     def cancel(self) -> None:
         """End the calls under way."""
@@ -130,7 +133,7 @@ class Session:
         try:
             kind = registry.environment_class(self.wanted.environment)
             if origin is None:
-                environment = kind(self.wanted.setup, self.wanted.seed, self._config)
+                environment = self._build()
             else:
                 source, num_calls = origin
                 environment = source._world_after(num_calls)
@@ -148,6 +151,13 @@ class Session:
             self._start = self._branching.mark()
         return SessionOpened(self.wanted.session_id, environment.tools, environment.messages)
 
+    def _build(self) -> Environment:
+        """A world as the set-up has it; in a process of its own kind, where its calls block."""
+        kind, wanted = registry.environment_class(self.wanted.environment), self.wanted
+        if not kind.blocking:
+            return kind(wanted.setup, wanted.seed, self._config)
+        return open_environment(self._workers, Origin(wanted.environment, wanted.setup, wanted.seed), kind)
+
     def _set_environment(self, environment: Environment) -> None:
         self._environment = environment
         self._branching = environment if isinstance(environment, Branching) else None
@@ -163,8 +173,7 @@ class Session:
         if self._branching is not None:
             marks = [self._marks[call.call_id] for call, _ in history if call.call_id in self._marks]
             return self._branching.branch(marks[-1] if marks else self._start)
-        kind = registry.environment_class(self.wanted.environment)
-        environment = kind(self.wanted.setup, self.wanted.seed, self._config)
+        environment = self._build()
         for call, result in history:
             if result.error in ("session_over", "cancelled"):
                 continue
@@ -248,10 +257,8 @@ class Session:
         world that it leaves, so that the session ends without a verdict.
         """
         observation = Observation(call.name, "cancelled before its turn", error="cancelled")
-        most_s = self._config.environment_timeout_s if self._blocking else None
-        limits = [limit for limit in (call.deadline_s, most_s) if limit is not None]
         try:
-            async with self._deadlines.limit(min(limits, default=None)), self._in_order:
+            async with self._deadlines.limit(call.deadline_s), self._in_order:
                 observation = Observation(call.name, "cancelled half-way", error="infra_error", ended=True)
                 observation = await self._off_loop(self._observe, call, self._environment)
                 await asyncio.sleep(observation.latency_s * self._config.time_scale)
@@ -267,4 +274,4 @@ class Session:
     async def _off_loop(self, function: Callable[..., T], *args: Any) -> T:
         if not self._blocking:
             return function(*args)
-        return await asyncio.get_running_loop().run_in_executor(self._executor, function, *args)
+        return await asyncio.get_running_loop().run_in_executor(self._workers.threads, function, *args)

@@ -55,7 +55,7 @@ async def renew_lease(request: web.Request) -> web.Response:
 async def take_snapshot(request: web.Request) -> web.Response:
     name = _own_session(request)
     await read_object(request)
-    return reply(to_json(request.app[SESSIONS].snapshot(name)))
+    return reply(to_json(await request.app[SESSIONS].snapshot(name)))
 
 
 async def restore_session(request: web.Request) -> web.Response:

@@ -8,7 +8,6 @@ import functools
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterable
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from typing import TypeVar
 
@@ -24,6 +23,7 @@ from tools_server.tool_session import ToolSession
 from tools_server.toolbox import Toolbox
 from tools_server.trace import Trace, TraceFile
 from tools_server.wire import Call, CallResult, ForkSession, OpenSession, SessionOpened, SessionRecord, Snapshot
+from tools_server.workers.pool import Workers
 
 T = TypeVar("T")
 
@@ -50,7 +50,7 @@ class Sessions:
         self._traces = TraceFile(config.traces) if config.traces is not None else None
         self.draining = False
         self.verifiers = Verifiers(self.toolbox, self.metrics)
-        self._executor = ThreadPoolExecutor(config.worker_threads, thread_name_prefix="environment")
+        self.workers = Workers(config)
         self._sessions: dict[str, Session | ToolSession] = {}
         self._records: OrderedDict[str, tuple[float, SessionRecord]] = OrderedDict()
 
@@ -87,7 +87,7 @@ class Sessions:
         if wanted.environment == registry.TOOLS:
             session = ToolSession(wanted, self.toolbox, self.verifiers, self.deadlines)
         else:
-            session = Session(wanted, self._config, self._executor, self.deadlines)
+            session = Session(wanted, self._config, self.workers, self.deadlines)
         self._sessions[name] = session
         return _then(session.opened, self._drop_refused)
 
@@ -121,11 +121,11 @@ class Sessions:
         self._sessions[name] = session
         return _then(session.opened, self._drop_refused)
 
-    def snapshot(self, session_id: str) -> Snapshot:
+    async def snapshot(self, session_id: str) -> Snapshot:
         """Where the session stands; renews its lease. Raises UnknownSession, and Conflict while calls are under way."""
         session = self._known(session_id)
         session.last_used_s = time.monotonic()
-        return Snapshot(session_id, self._checked_calls(session, -1), session.state)
+        return Snapshot(session_id, self._checked_calls(session, -1), await session.state())
 
     def renew(self, session_id: str) -> Snapshot:
         """Begin the session's lease anew. Raises UnknownSession."""
@@ -139,7 +139,7 @@ class Sessions:
         if session.record is not None:
             raise Conflict(f"session {session_id!r} is being judged")
         await session.restore(self._checked_calls(session, num_calls))
-        return self.snapshot(session_id)
+        return await self.snapshot(session_id)
 
     def delete(self, session_id: str) -> bool:
         """Forget a session and its record, and end its calls; whether there was one."""
@@ -189,7 +189,7 @@ class Sessions:
         await self.spans.close()
         if self._traces is not None:
             self._traces.close()
-        self._executor.shutdown(wait=False, cancel_futures=True)
+        self.workers.close()
 
     def _known(self, session_id: str) -> Session | ToolSession:
         session = self._sessions.get(session_id)

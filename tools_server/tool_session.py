@@ -79,7 +79,6 @@ class ToolSession:
 
     def __init__(self, wanted: OpenSession, toolbox: Toolbox, verifiers: Verifiers, deadlines: Deadlines) -> None:
         self.wanted = wanted
-        self.state = ""  # the tools' world lies outside
         self.last_used_s = time.monotonic()
         self.record: SessionRecord | asyncio.Task[SessionRecord] | None = None
         self._toolbox = toolbox
@@ -146,6 +145,10 @@ class ToolSession:
         self._refuse_writes(history[num_calls:], "cannot take that back")
         self._answers, self._ledger, self._num_calls, self._over = {}, Ledger(), 0, False
         self._adopt(history[:num_calls])
+
+    async def state(self) -> str:
+        """The tools' world lies outside."""
+        return ""
 
     def cancel(self) -> None:
         """End the calls under way."""

@@ -120,10 +120,10 @@ def test_writes_of_tau2_are_taken_back():
     async def main():
         sessions = Sessions(ServerConfig.model_validate({}))
         await now(sessions.open(OpenSession("a", "tau2", {"domain": "airline", "task_id": task_id})))
-        states = [sessions.snapshot("a").state]
+        states = [(await sessions.snapshot("a")).state]
         for number, step in enumerate(steps[:-1]):
             await now(sessions.call(Call("a", str(number), *step)))
-            states.append(sessions.snapshot("a").state)
+            states.append((await sessions.snapshot("a")).state)
         assert len(set(states)) > 1
         for num_calls in (2, 0, len(steps) - 1):
             for number, step in enumerate(steps[:-1]):

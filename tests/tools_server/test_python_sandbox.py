@@ -348,9 +348,7 @@ def test_it_does_not_start_without_a_sandbox_unless_told_to(monkeypatch):
             return (await pool.run("print(1)", 20))[0]
 
     monkeypatch.setattr("tools_server.sandbox.bubblewrap.BWRAP", "no-such-bwrap")
-    with pytest.raises(
-        ValueError, match=r"no-such-bwrap is not installed; .* run_model_code_without_a_sandbox: true"
-    ):
+    with pytest.raises(ValueError, match=r"no-such-bwrap is not installed; .* run_model_code_without_a_sandbox: true"):
         asyncio.run(start())
     assert asyncio.run(start(unprotected=True)).stdout == b"1\n"
 

@@ -369,7 +369,10 @@ def test_blocking_sessions_run_side_by_side(toy):
         await server.open("a", "b", environment="toy")
         return await server.call(("a", "0", "meet", {}), ("b", "0", "meet", {}))
 
-    assert [result["error"] for result in run(scenario)] == [None, None]  # alone, each would wait for ever
+    assert [result["error"] for result in run(scenario, worker_processes=1)] == [
+        None,
+        None,
+    ]  # alone, each would wait for ever
 
 
 def test_arguments_are_checked_against_the_schema(toy):
@@ -417,21 +420,24 @@ def test_an_environment_that_fails_ends_its_own_session_only(toy):
 
 
 def test_a_call_that_hangs_ends_its_own_session_without_a_verdict(toy, tmp_path):
+    """Its process is killed; the other session, of the same process, goes on in another one."""
+
     async def scenario(server):
-        await server.open("a", "b", "c", environment="toy")
-        results = await server.call(("a", "0", "meet", {}), ("a", "1", "say", {"text": "a"}))  # it would wait for ever
-        other = await server.call(("b", "0", "say", {"text": "a"}))
+        await server.open("a", "b", environment="toy")
+        await server.call(("b", "0", "add", {"number": 2}))
+        results = await server.call(("a", "0", "meet", {}), ("a", "1", "say", {"text": "a"}))  # nobody comes to meet it
+        other = await server.call(("b", "1", "add", {"number": 1}))
         [forked] = (await server.post("/v1/forks", {"forks": [{"session_id": "a", "new_session_id": "f"}]}))["sessions"]
-        records = await server.finish("a", "b")
-        await server.call(("c", "0", "meet", {}))  # lets the thread go
-        return results, other, forked, records
+        return results, other, forked, await server.finish("a", "b")
 
     traces = tmp_path / "traces.jsonl"
-    results, [other], forked, records = run(scenario, environment_timeout_s=0.2, traces=str(traces))
-    assert [result["error"] for result in results] == ["infra_error", "cancelled"]
+    options = {"environment_timeout_s": 1.0, "worker_processes": 1, "traces": str(traces)}
+    results, [other], forked, records = run(scenario, **options)
+    assert [result["error"] for result in results] == ["infra_error", "session_over"]
+    assert results[0]["content"] == "the environment did not answer within 1 s"
     assert other["error"] is None
     assert forked["error"] == "its environment has failed"
-    assert [(record["outcome"], record["error"]) for record in records] == [(0.0, "infra_error"), (1.0, None)]
+    assert [(record["outcome"], record["error"]) for record in records] == [(0.0, "infra_error"), (0.0, None)]
     assert asyncio.run(rescore(traces, ServerConfig.model_validate({}))) == (2, [])
 
 

@@ -3,11 +3,13 @@
 import asyncio
 import importlib.util
 import json
+import sys
 
 import pytest
 from fake_endpoint import completion, endpoint
 from server_client import serving
 
+from tools_server import registry
 from tools_server.config import ServerConfig
 from tools_server.environment import InfrastructureFailure
 from tools_server.envs.tau2_models import Line, ModelUser, RecordedUser, judge_assertions
@@ -255,6 +257,20 @@ def test_models_that_do_not_answer():
     asyncio.run(main())
 
 
+POLITE = """
+from tau2.data_model.tasks import RewardType
+from tools_server.envs import tau2
+
+class Polite(tau2.Tau2Environment):
+    def _begin(self, domain, task, *rest):
+        criteria = task.evaluation_criteria
+        basis = {"reward_basis": [*criteria.reward_basis, RewardType.NL_ASSERTION], "nl_assertions": ["Be polite."]}
+        criteria = criteria.model_copy(update=basis)
+        super()._begin(domain, task.model_copy(update={"evaluation_criteria": criteria}), *rest)
+"""
+"""No task of the package has assertions in natural language in its basis: here each has one."""
+
+
 @needs_tau2
 @pytest.mark.parametrize(
     ("answer", "outcome", "error"),
@@ -265,16 +281,12 @@ def test_models_that_do_not_answer():
         ((503, {}, b""), 0.0, "infra_error"),
     ],
 )
-def test_assertions_in_natural_language_count(answer, outcome, error, monkeypatch):
-    """No task of the package has them in its basis: one is given it here."""
-    from tau2.data_model.tasks import RewardType
-
-    from tools_server.envs import tau2
-
-    task = tau2.load_domain("mock").tasks["create_task_1"]
-    criteria = task.evaluation_criteria
-    monkeypatch.setattr(criteria, "nl_assertions", ["The agent is polite."])
-    monkeypatch.setattr(criteria, "reward_basis", [*criteria.reward_basis, RewardType.NL_ASSERTION])
+def test_assertions_in_natural_language_count(answer, outcome, error, tmp_path, monkeypatch):
+    (tmp_path / "polite_tau2.py").write_text(POLITE)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setitem(registry.ENVIRONMENTS, "tau2", "polite_tau2:Polite")
+    monkeypatch.setattr(registry, "_imported", {})
+    monkeypatch.delitem(sys.modules, "polite_tau2", raising=False)
 
     async def main():
         async with endpoint(answer) as (_, url):

@@ -4,7 +4,7 @@ Started as root, a sandbox first drops to a user id of its own. Otherwise the fi
 to root would stay writable inside, and the limit on processes would not hold.
 
 A shell joins the cgroup and `setpriv` changes the user, in the new process: so nothing ever runs outside its group, and
-Python need not fork this process, which takes the longer the more memory it has, but can let it share its memory (vfork).
+Python need not copy this process to start one (fork), which takes the longer the more memory it has, but can use vfork.
 """
 
 import asyncio

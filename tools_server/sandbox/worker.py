@@ -1,7 +1,7 @@
 """Runs inside the sandbox: takes its limits, says that it is ready, reads one program from stdin and executes it.
 
-The server passes this file's text to `python -c`; it imports the least there is, because every program waits for it. Hard
-limits are set before the program is read: without privileges it cannot raise them.
+The server passes this file's text to `python -c`; it imports the least there is, for every sandbox's start has to wait.
+Hard limits are set before the program is read: without privileges it cannot raise them.
 """
 
 import os
