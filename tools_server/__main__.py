@@ -173,7 +173,4 @@ def _port(text: str) -> int:
 
 
 if __name__ == "__main__":
-    status = main()
-    sys.stdout.flush()
-    logging.shutdown()
-    os._exit(status)  # a thread of an environment that hangs would hold a normal exit for ever
+    sys.exit(main())
