@@ -40,6 +40,7 @@ def make_app(config: ServerConfig) -> web.Application:
             web.post("/v1/calls", call_tools),
             web.post("/v1/forks", fork_sessions),
             web.post("/v1/finish", finish_sessions),
+            web.post("/v1/heartbeats", renew_leases),
             *session_routes.ROUTES,
             web.post(PROGRAMS_PATH, run_program),
             web.get("/v1/experts", list_experts),
@@ -84,13 +85,14 @@ async def call_tools(request: web.Request) -> web.Response:
 
 
 async def finish_sessions(request: web.Request) -> web.Response:
-    names = await read_items(request, "session_ids")
-    for i, name in enumerate(names):
-        if not isinstance(name, str):
-            raise BadRequest(f"session_ids[{i}]: expected a string, got {type(name).__name__}")
-        allow_session(request, name)
+    names = await _own_sessions(request)
     records = await settle(request, [request.app[SESSIONS].finish(name) for name in names])
     return reply({"records": [to_json(record) for record in records]})
+
+
+async def renew_leases(request: web.Request) -> web.Response:
+    sessions = request.app[SESSIONS]
+    return reply({"renewed": [sessions.renew_if_open(name) for name in await _own_sessions(request)]})
 
 
 async def run_program(request: web.Request) -> web.Response:
@@ -123,7 +125,8 @@ async def describe_api(request: web.Request) -> web.Response:
 
 async def report_health(request: web.Request) -> web.Response:
     """Asks for no token: a liveness probe has none."""
-    return reply({"status": "ok", "version": API_VERSION, "sessions": len(request.app[SESSIONS])})
+    sessions, lease_s = len(request.app[SESSIONS]), request.app[CONFIG].session_ttl_s
+    return reply({"status": "ok", "version": API_VERSION, "sessions": sessions, "lease_s": lease_s})
 
 
 async def report_readiness(request: web.Request) -> web.Response:
@@ -135,6 +138,16 @@ async def report_readiness(request: web.Request) -> web.Response:
 async def report_metrics(request: web.Request) -> web.Response:
     allow_server_only(request)
     return web.Response(body=request.app[SESSIONS].metrics.render(), headers={"Content-Type": CONTENT_TYPE})
+
+
+async def _own_sessions(request: web.Request) -> list[str]:
+    """The request's `session_ids`. Raises HTTPForbidden where it bears another session's token."""
+    names = await read_items(request, "session_ids")
+    for i, name in enumerate(names):
+        if not isinstance(name, str):
+            raise BadRequest(f"session_ids[{i}]: expected a string, got {type(name).__name__}")
+        allow_session(request, name)
+    return names
 
 
 def _add_mcp(app: web.Application) -> None:

@@ -103,6 +103,13 @@ def _operations() -> list[Operation]:
             _list("session_ids", {"type": "string"}),
             _answers("records", "SessionRecord"),
         ),
+        Operation(
+            "post",
+            "/v1/heartbeats",
+            "Begin leases anew.",
+            _list("session_ids", {"type": "string"}),
+            _list("renewed", {"type": "boolean"}, most=None),
+        ),
         Operation("put", one, "Open the session.", opening, _ref("SessionOpened")),
         Operation("post", f"{one}/call", "Call a tool.", call, _ref("CallResult")),
         Operation(

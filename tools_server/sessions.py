@@ -133,6 +133,12 @@ class Sessions:
         session.last_used_s = time.monotonic()
         return Snapshot(session_id, len(session.history()))
 
+    def renew_if_open(self, session_id: str) -> bool:
+        """The same of a session that may be gone; whether it is open here."""
+        if session_id in self._sessions:
+            self._sessions[session_id].last_used_s = time.monotonic()
+        return session_id in self._sessions
+
     async def restore(self, session_id: str, num_calls: int) -> Snapshot:
         """Take back all calls but the first `num_calls`. Raises UnknownSession, and Conflict where that cannot be."""
         session = self._known(session_id)

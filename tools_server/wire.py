@@ -7,7 +7,8 @@ one request per burst, not one per call:
     POST /v1/calls     {"calls": [Call, ...]}             -> {"results": [CallResult, ...]}
     POST /v1/forks     {"forks": [ForkSession, ...]}      -> {"sessions": [SessionOpened, ...]}
     POST /v1/finish    {"session_ids": [str, ...]}        -> {"records": [SessionRecord, ...]}
-    GET  /healthz                                         -> {"status": "ok", "version": ..., "sessions": n}
+    POST /v1/heartbeats {"session_ids": [str, ...]}       -> {"renewed": [bool, ...]}; false: not open here
+    GET  /healthz                                  -> {"status": "ok", "version": ..., "sessions": n, "lease_s": s}
     GET  /v1/experts                                      -> {"experts": {name: profile}}
     GET  /readyz, /metrics                                -> for load balancers and Prometheus
     GET  /v1/tools                                        -> {"tools": [OpenAI function schema, ...]}

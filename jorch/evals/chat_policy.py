@@ -71,7 +71,8 @@ class _Conversation:
         self.messages: list[dict[str, Any]] = list(opened.messages or task.messages)
         self.schemas = list(opened.tools or task.tools)
         self.malformed = self.sampled_tokens = 0
-        termination = await self._converse()
+        with self.tools.keep(self.session_id):
+            termination = await self._converse()
         record = await self.tools.finish(self.session_id)
         if termination == "infra_error" or record.error in _LOST:
             return None

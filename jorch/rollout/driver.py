@@ -167,7 +167,8 @@ class Driver:
             for attempt in range(self.config.trajectory_retries + 1):
                 session_id = f"{self._nonce}/{trajectory_id}/{attempt}"
                 try:
-                    return await self._attempt(task, trajectory_id, session_id, seed, temperature)
+                    with self.tools.keep(session_id):
+                        return await self._attempt(task, trajectory_id, session_id, seed, temperature)
                 except SessionLost:
                     self.sampler.release(trajectory_id)
                     await self.tools.finish(session_id)  # the server counts the failure, and keeps no place for it

@@ -7,11 +7,12 @@ no room (HTTP 429) has accepted nothing: its `Retry-After` is kept, and a batch 
 """
 
 import asyncio
+import contextlib
 import json
 import os
 import random
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple, Self
 
 import aiohttp
@@ -73,6 +74,7 @@ class ToolClient:
         self._retries = retries
         self._queues: dict[_Endpoint, _Queue] = {_OPEN: [], _CALL: [], _FINISH: []}
         self._exchanges: set[asyncio.Task[None]] = set()
+        self._kept: set[str] = set()
 
     async def __aenter__(self) -> Self:
         token = os.environ.get(TOKEN_VARIABLE)
@@ -82,22 +84,24 @@ class ToolClient:
             connector=aiohttp.TCPConnector(limit=0),
         )
         try:
-            version = (await self.health()).get("version")
+            health = await self.health()
+            version = health.get("version")
             if version != API_VERSION:
                 raise ValueError(f"tool server {self.url} speaks version {version}, this program {API_VERSION}")
         except BaseException:
             await self._http.close()
             raise
+        self._renewing = asyncio.create_task(self._renew_leases(health.get("lease_s", 3600.0) / 3))
         return self
 
     async def __aexit__(self, *_: object) -> None:
-        for exchange in self._exchanges:
-            exchange.cancel()
-        await asyncio.gather(*self._exchanges, return_exceptions=True)
+        for task in (self._renewing, *self._exchanges):
+            task.cancel()
+        await asyncio.gather(self._renewing, *self._exchanges, return_exceptions=True)
         await self._http.close()
 
     async def health(self) -> dict[str, Any]:
-        """{"status": "ok", "version": ..., "sessions": n}"""
+        """{"status": "ok", "version": ..., "sessions": n, "lease_s": s}"""
         return await self._request("GET", "/healthz")
 
     def open(self, session: OpenSession) -> asyncio.Future[SessionOpened]:
@@ -109,6 +113,24 @@ class ToolClient:
 
     async def finish(self, session_id: str) -> SessionRecord:
         return await self._send(_FINISH, session_id)
+
+    @contextlib.contextmanager
+    def keep(self, session_id: str) -> Iterator[None]:
+        """The server does not forget the session while the block runs, however long that waits for a sampler."""
+        self._kept.add(session_id)
+        try:
+            yield
+        finally:
+            self._kept.discard(session_id)
+
+    async def _renew_leases(self, interval_s: float) -> None:
+        """Until cancelled. A failure is left to those who use the sessions."""
+        while True:
+            await asyncio.sleep(interval_s)
+            kept = sorted(self._kept)
+            for start in range(0, len(kept), MAX_ITEMS):
+                with contextlib.suppress(ToolServerDown, ValueError):
+                    await self._request("POST", "/v1/heartbeats", {"session_ids": kept[start : start + MAX_ITEMS]})
 
     def _send(self, endpoint: _Endpoint, item: Any) -> asyncio.Future[Any]:
         loop = asyncio.get_running_loop()

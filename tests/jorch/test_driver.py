@@ -65,9 +65,9 @@ sys.exit(main())
 class Server:
     """A tool server that can be killed and started again at the same address."""
 
-    def __init__(self, folder):
+    def __init__(self, folder, **options):
         self.config = folder / "server.yaml"
-        self.config.write_text(yaml.safe_dump({"experts": catalogue()}))
+        self.config.write_text(yaml.safe_dump({"experts": catalogue(), **options}))
         self.port = 0
         self.start()
 
@@ -497,3 +497,20 @@ def test_who_misses_the_deadline_is_named_and_its_siblings_stay(server, capsys):
     assert (group[1].trajectory_id, group[1].turns) == (slow, ())
     assert capsys.readouterr().out == f"not done after 2 s, left out: {slow}\n"
     assert not sampler.turns, "the sampler may forget all three"
+
+
+@pytest.mark.slow
+def test_a_sampler_that_is_slower_than_the_lease_loses_no_session(tmp_path):
+    """It thinks for two and a half leases before the second turn; nothing is played again."""
+
+    async def think(task_id, number):
+        await asyncio.sleep(3.75 if number == 1 else 0)
+
+    server = Server(tmp_path, session_ttl_s=1.5)
+    try:
+        sampler = ScriptedSampler({TASK.task_id: [call_text(SEARCH), call_text(ANSWER)]})
+        sampler.before_turn = think
+        [[trajectory]] = roll_out(server, [TASK], sampler)
+    finally:
+        server.kill()
+    assert (trajectory.termination, trajectory.outcome, len(sampler.requests)) == ("answered", 1.0, 2)

@@ -253,6 +253,25 @@ def test_leaving_the_client_cancels_what_is_under_way():
     assert asyncio.run(main())
 
 
+@pytest.mark.slow
+def test_a_session_that_is_kept_outlives_its_lease_and_no_other_does():
+    app = make_app(ServerConfig.model_validate({"experts": {"e": PROFILE}, "session_ttl_s": 1.5}))
+
+    async def main():
+        async with serving(app) as url, ToolClient(url, timeout_s=10, retries=0) as client:
+            for name in ("kept", "left"):
+                await client.open(OpenSession(name, "experts", SETUP))
+            with client.keep("kept"):
+                await asyncio.sleep(3.75)
+                calls = [
+                    await client.call(Call(name, "0", "search", {"model": "search-1"})) for name in ("kept", "left")
+                ]
+            await asyncio.sleep(3.75)
+            return [call.error for call in calls], len(app[SESSIONS])
+
+    assert asyncio.run(main()) == ([None, "unknown_session"], 0)
+
+
 @pytest.fixture
 def server_processes(tmp_path):
     """Starts the real server on a port; what a failing test leaves is killed."""

@@ -150,6 +150,7 @@ def test_tokens():
             ("/v1/calls", batch),
             ("/v1/calls", mixed),
             ("/v1/finish", {"session_ids": ["a"]}),
+            ("/v1/heartbeats", {"session_ids": ["b", "a"]}),
             ("/v1/sessions", {"sessions": []}),
             ("/v1/forks", {"forks": []}),
             ("/v1/sessions/a/call", call),
@@ -362,6 +363,8 @@ def test_a_heartbeat_keeps_a_session():
             await asyncio.sleep(0.25)
             await client.ok("kept", "heartbeat")
         assert (await client.post("left", "heartbeat"))[0] == 404
+        both = {"session_ids": ["left", "kept"]}
+        assert await client.request("POST", "/v1/heartbeats", both) == (200, {"renewed": [False, True]})
 
     run(scenario, session_ttl_s=1.5)
 
