@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import aiohttp
 import pytest
@@ -87,11 +88,26 @@ async def post(http, path, payload):
         return response.status, await response.json()
 
 
-async def start_program(http, code):
-    """The task of a call that runs `code`."""
+async def start_program(http, server_pid, code):
+    """The task of a call that runs `code`, which has begun."""
     await post(http, "/v1/sessions", {"sessions": [{"session_id": "a", "environment": "tools", "setup": {}}]})
-    call = {"session_id": "a", "call_id": "0", "name": "python", "arguments": {"code": code}}
-    return asyncio.create_task(post(http, "/v1/calls", {"calls": [call]}))
+    call = {"session_id": "a", "call_id": "0", "name": "python", "arguments": {"code": renamed(code)}}
+    answer = asyncio.create_task(post(http, "/v1/calls", {"calls": [call]}))
+    async with asyncio.timeout(15):
+        while not any(is_begun(pid) for pid in sandboxes_of(server_pid)):
+            await asyncio.sleep(0.02)
+    return answer
+
+
+def renamed(code):
+    """A program that runs `code` in a process which `is_begun` knows by its name."""
+    return f"import os; os.execv('/usr/bin/python3', ['begun', '-c', {code!r}])"
+
+
+def is_begun(pid):
+    with contextlib.suppress(OSError):
+        return Path(f"/proc/{pid}/cmdline").read_bytes().startswith(b"begun\0")
+    return False
 
 
 @needs_bwrap
@@ -100,8 +116,7 @@ def test_a_killed_server_leaves_no_sandbox(server):
 
     async def main():
         async with aiohttp.ClientSession(url, headers=headers) as http:
-            call = await start_program(http, "import time; time.sleep(60)")
-            await asyncio.sleep(0.7)
+            call = await start_program(http, process.pid, "import time; time.sleep(60)")
             sandboxes = sandboxes_of(process.pid)
             process.kill()
             with pytest.raises(aiohttp.ClientError):
@@ -119,8 +134,7 @@ def test_sigterm_lets_a_program_end_and_leaves_no_sandbox(server):
 
     async def main():
         async with aiohttp.ClientSession(url, headers=headers) as http:
-            call = await start_program(http, "import time; time.sleep(1.5); print('done')")
-            await asyncio.sleep(0.7)
+            call = await start_program(http, process.pid, "import time; time.sleep(1.5); print('done')")
             sandboxes = sandboxes_of(process.pid)
             process.send_signal(signal.SIGTERM)
             return await call, sandboxes
@@ -133,16 +147,15 @@ def test_sigterm_lets_a_program_end_and_leaves_no_sandbox(server):
 
 @needs_bwrap
 def test_a_client_that_goes_away_may_come_back_for_its_answer(server):
-    _, url, headers = server
+    process, url, headers = server
 
     async def main():
         async with aiohttp.ClientSession(url, headers=headers) as http:
-            call = await start_program(http, "import time; time.sleep(0.5); print(time.time())")
-            await asyncio.sleep(0.2)
+            call = await start_program(http, process.pid, "import time; time.sleep(0.5); print(time.time())")
             call.cancel()
         async with aiohttp.ClientSession(url, headers=headers) as http:
             again = {"session_id": "a", "call_id": "0", "name": "python", "arguments": None}
-            again["arguments"] = {"code": "import time; time.sleep(0.5); print(time.time())"}
+            again["arguments"] = {"code": renamed("import time; time.sleep(0.5); print(time.time())")}
             answers = [(await post(http, "/v1/calls", {"calls": [again]}))[1] for _ in range(2)]
             _, finished = await post(http, "/v1/finish", {"session_ids": ["a"]})
             return answers, finished["records"][0]
@@ -158,8 +171,7 @@ def test_a_sandbox_killed_at_work_is_no_verdict(server):
 
     async def main():
         async with aiohttp.ClientSession(url, headers=headers) as http:
-            call = await start_program(http, "import time; time.sleep(60)")
-            await asyncio.sleep(0.7)
+            call = await start_program(http, process.pid, "import time; time.sleep(60)")
             for pid in sandboxes_of(process.pid):
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(pid, signal.SIGKILL)

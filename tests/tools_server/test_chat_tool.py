@@ -128,14 +128,18 @@ def test_the_breaker_leaves_a_dead_endpoint_alone():
     assert "left alone" in outputs[-1].content
 
 
-def test_the_breaker_tries_one_request_after_its_pause():
-    breaker = Breaker(failures=2, pause_s=0.05)
+def test_the_breaker_tries_one_request_after_its_pause(monkeypatch):
+    now_s = 100.0
+    monkeypatch.setattr("tools_server.endpoint.time.monotonic", lambda: now_s)
+    breaker = Breaker(failures=2, pause_s=5.0)
     assert breaker.admits()
     breaker.failed()
     assert breaker.admits()
     breaker.failed()
     assert not breaker.admits()
-    time.sleep(0.06)
+    now_s += 4.9
+    assert not breaker.admits()
+    now_s += 0.2
     assert [breaker.admits(), breaker.admits()] == [True, False]
     breaker.succeeded()
     assert breaker.admits()

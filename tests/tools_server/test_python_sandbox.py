@@ -97,13 +97,19 @@ print(*[line.split()[1] for line in open("/proc/self/status") if line.startswith
 def test_on_the_host_it_is_a_user_of_its_own():
     async def main():
         async with SandboxPool(2, LIMITS, PYTHON) as pool:
-            runs = [asyncio.create_task(pool.run("import time; time.sleep(1)", 20)) for _ in range(2)]
-            await asyncio.sleep(0.5)
-            listing = subprocess.run(["ps", "-eo", "uid"], capture_output=True, text=True, check=True).stdout.split()
-            await asyncio.gather(*runs)
-            return {int(uid) for uid in listing[1:]}
+            runs = [asyncio.create_task(pool.run("import time; time.sleep(20)", 20)) for _ in range(2)]
+            async with asyncio.timeout(15):
+                while not {FIRST_UID, FIRST_UID + 1} <= uids():
+                    await asyncio.sleep(0.05)
+            for running in runs:
+                running.cancel()
+            await asyncio.gather(*runs, return_exceptions=True)
 
-    assert {FIRST_UID, FIRST_UID + 1} <= asyncio.run(main())
+    def uids():
+        listing = subprocess.run(["ps", "-eo", "uid"], capture_output=True, text=True, check=True).stdout.split()
+        return {int(uid) for uid in listing[1:]}
+
+    asyncio.run(main())
 
 
 def test_no_network():
@@ -296,7 +302,9 @@ def test_a_sandbox_killed_while_it_waits_is_replaced():
         async with SandboxPool(1, LIMITS, PYTHON) as pool:
             [pid] = children()
             os.kill(pid, signal.SIGKILL)
-            await asyncio.sleep(0.3)
+            [sandbox] = pool._waiting._queue
+            while sandbox.alive:  # until asyncio has heard of it
+                await asyncio.sleep(0.01)
             return (await pool.run("print(1)", 20))[0]
 
     assert asyncio.run(main()).stdout == b"1\n"

@@ -343,7 +343,7 @@ def test_the_token_is_asked_for_and_stays_out_of_logs(monkeypatch, caplog):
         assert (status, answer) == (200, {"experts": {"e": PROFILE | {"reliability": 1.0}}})
         assert await server.request("GET", "/healthz") == (
             200,
-            {"status": "ok", "version": API_VERSION, "sessions": 0},
+            {"status": "ok", "version": API_VERSION, "sessions": 0, "lease_s": 3600.0},
         )
 
     with caplog.at_level("DEBUG"):
@@ -431,10 +431,10 @@ def test_a_call_that_hangs_ends_its_own_session_without_a_verdict(toy, tmp_path)
         return results, other, forked, await server.finish("a", "b")
 
     traces = tmp_path / "traces.jsonl"
-    options = {"environment_timeout_s": 1.0, "worker_processes": 1, "traces": str(traces)}
+    options = {"environment_timeout_s": 1.5, "worker_processes": 1, "traces": str(traces)}
     results, [other], forked, records = run(scenario, **options)
     assert [result["error"] for result in results] == ["infra_error", "session_over"]
-    assert results[0]["content"] == "the environment did not answer within 1 s"
+    assert results[0]["content"] == "the environment did not answer within 1.5 s"
     assert other["error"] is None
     assert forked["error"] == "its environment has failed"
     assert [(record["outcome"], record["error"]) for record in records] == [(0.0, "infra_error"), (0.0, None)]

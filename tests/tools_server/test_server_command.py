@@ -57,6 +57,10 @@ def test_sigterm_drains_and_exits_0(start):
     child = start("--port", "0", config=CONFIG + "time_scale: 1\n")
     url = read_url(child)
 
+    async def metrics(http):
+        async with http.get(f"{url}/metrics") as response:
+            return await response.text()
+
     async def stop_during_a_call():
         async with aiohttp.ClientSession() as http:
 
@@ -69,7 +73,8 @@ def test_sigterm_drains_and_exits_0(start):
             await post("/v1/sessions", {"sessions": [session]})
             call = {"session_id": "a", "call_id": "0", "name": "answer", "arguments": {"model": "answer-1"}}
             answer = asyncio.create_task(post("/v1/calls", {"calls": [call]}))
-            await asyncio.sleep(0.7)
+            while "tools_calls_under_way 1.0" not in await metrics(http):
+                await asyncio.sleep(0.02)
             child.send_signal(signal.SIGTERM)
             return await answer
 

@@ -280,10 +280,10 @@ def test_a_client_that_comes_back_in_time_finds_its_work():
         assert len(fake.requests) == 1
 
     async def slow(request):
-        await asyncio.sleep(0.5)
+        await asyncio.sleep(1.0)
         return completion("hello")
 
-    run_with_endpoint(scenario, slow, abandon_s=0.2)
+    run_with_endpoint(scenario, slow, abandon_s=0.7)
 
 
 @pytest.mark.parametrize("both_give_up", [False, True])
