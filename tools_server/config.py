@@ -279,11 +279,11 @@ class ServerConfig(Section):
     abandon_s: float = Field(30.0, ge=0, description="after which calls are ended whose client has gone")
     max_request_bytes: PositiveInt = Field(64 * 1024**2, description="of one request's body")
     worker_processes: PositiveInt = Field(2, description="that hold environments whose calls block (tau2, toolscale)")
-    worker_threads: PositiveInt = Field(16, description="of each of them: so many calls are under way at once")
+    worker_threads: PositiveInt = Field(16, description="calls that are under way in them at once")
     environment_timeout_s: PositiveFloat = Field(
         120.0,
-        description="of the work of one call there; then the session ends without a verdict, the process is killed, "
-        "and the calls of its other sessions are made again in another one",
+        description="of the work of one call there, plus the limits of the models that play users and judges; then the "
+        "session ends without a verdict, the process is killed, and its other sessions go on in another one",
     )
 
     @model_validator(mode="after")

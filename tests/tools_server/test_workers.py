@@ -6,7 +6,6 @@ import os
 import signal
 import subprocess
 import sys
-import threading
 import time
 from pathlib import Path
 
@@ -20,7 +19,7 @@ from tools_server.errors import Conflict
 from tools_server.session import Session
 from tools_server.wire import Call, OpenSession
 from tools_server.workers.environments import Origin, open_environment
-from tools_server.workers.pool import Workers
+from tools_server.workers.pool import Workers, _limit_s
 
 COUNTER = """
 import os, time
@@ -95,14 +94,6 @@ def said(environment, name="add", **arguments):
     return environment.call(name, arguments).content
 
 
-def in_background(action):
-    """A thread that runs `action`, and the list that will hold its result."""
-    results = []
-    thread = threading.Thread(target=lambda: results.append(action()))
-    thread.start()
-    return thread, results
-
-
 def gone(pid):
     """Within 10 s; one that is dead and not yet buried is gone too."""
     for _ in range(100):
@@ -122,11 +113,10 @@ def test_a_process_killed_in_the_middle_of_a_call(workers):
     assert [said(environment) for _ in range(3)] == ["0", "1", "3"]
     said(other)
     [pid] = workers.processes
-    thread, results = in_background(lambda: said(environment, "sleep", seconds=0.6))
+    answer = workers.threads.submit(said, environment, "sleep", seconds=0.6)
     time.sleep(0.3)
     os.kill(pid, signal.SIGKILL)
-    thread.join()
-    assert results == ["6"]
+    assert answer.result() == "6"
     assert said(other) == "1"
     assert (environment.outcome(), other.outcome()) == (0.4, 0.2)
     assert workers.processes != [pid]
@@ -160,6 +150,16 @@ def test_finished_environments_are_forgotten_there_too(workers):
     assert type(caught.value).__name__ == "KeyError"
 
 
+def test_a_model_on_the_other_side_has_its_own_limits():
+    """Of 1 + 2 attempts of 10 s."""
+    prices = {"usd_per_million_input_tokens": 1, "usd_per_million_output_tokens": 1}
+    chat = {"kind": "chat", "url": "http://127.0.0.1:9/v1", "model": "m", "timeout_s": 10, "retries": 2, **prices}
+    config = {"tools": {"user": chat, "other": chat}, "tau2": {"user_model": "user"}, "environment_timeout_s": 5}
+    assert _limit_s(ServerConfig.model_validate(config)) == 35
+    assert _limit_s(ServerConfig.model_validate(config | {"tau2": {"user_model": "user", "judge": "user"}})) == 35
+    assert _limit_s(ServerConfig.model_validate(config | {"tau2": {}})) == 5
+
+
 @pytest.mark.slow
 def test_a_call_that_kills_its_process_twice_is_a_failure_of_the_infrastructure(workers):
     environment, other = opened(workers), opened(workers)
@@ -181,11 +181,10 @@ def test_a_call_in_which_the_whole_process_hangs_is_cut(workers):
         time.sleep(0.5)
         return said(other)
 
-    thread, results = in_background(ask)
+    answer = workers.threads.submit(ask)
     with pytest.raises(InfrastructureFailure, match="the environment did not answer within 2 s"):
         said(environment, "power")
-    thread.join()
-    assert results == ["1"]
+    assert answer.result() == "1"
     assert gone(pid)
 
 

@@ -1,7 +1,8 @@
 """The server's side of worker processes: starts them, asks them, kills those in which a call hangs.
 
-All of it blocks and runs in the server's own threads, one a request, which only wait. A process that holds sessions of
-several clients may be killed for the sake of one: `environments.py` opens the others' again elsewhere.
+All of it blocks and runs in the server's own threads, one a request, which only wait; they last as long as the server,
+for a process dies with the thread that started it. A process that holds sessions of several clients may be killed for
+the sake of one: `environments.py` opens the others' again elsewhere.
 """
 
 import contextlib
@@ -17,7 +18,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 from tools_server import registry
-from tools_server.config import ServerConfig
+from tools_server.config import ChatConfig, ServerConfig
 from tools_server.environment import InfrastructureFailure
 from tools_server.errors import Conflict, log
 from tools_server.workers.process import Failure
@@ -43,7 +44,7 @@ class Worker:
 
     def __init__(self, config: ServerConfig) -> None:
         """Does not wait until it is ready: the first request does."""
-        self._limit_s = config.environment_timeout_s
+        self._limit_s = _limit_s(config)
         self._connection, theirs = multiprocessing.Pipe()
         with theirs:
             descriptor = theirs.fileno()
@@ -60,7 +61,7 @@ class Worker:
         self._forgotten: deque[int] = deque()
         self.held: set[int] = set()
         """Keys of its environments."""
-        self.alive = True
+        self.alive, self.closing = True, False
         self._started = threading.Event()
         self._connection.send((config, dict(registry.ENVIRONMENTS), config.worker_threads))
         threading.Thread(target=self._read, daemon=True, name="environment-answers").start()
@@ -112,7 +113,9 @@ class Worker:
             pass
         finally:
             self.kill()
-            self.process.wait()
+            status = self.process.wait()
+            if not self.closing:
+                log.warning("worker process %d has ended (status %d)", self.process.pid, status)
             with self._lock:  # whoever comes later finds it dead
                 waiting, self._waiting = self._waiting, {}
                 self._connection.close()
@@ -150,7 +153,15 @@ class Workers:
         """Kill all; whoever waits for one stops waiting."""
         self.threads.shutdown(wait=False, cancel_futures=True)
         for worker in self._workers:
+            worker.closing = True
             worker.kill()
+
+
+def _limit_s(config: ServerConfig) -> float:
+    """Of one request. Models that play a user or a judge have limits of their own, which come first."""
+    models = [config.tools[name] for name in {config.tau2.user_model, config.tau2.judge} if name is not None]
+    chats = [model for model in models if isinstance(model, ChatConfig)]
+    return config.environment_timeout_s + sum(chat.timeout_s * (chat.retries + 1) for chat in chats)
 
 
 def _rebuilt(failure: Failure) -> Exception:
