@@ -1,7 +1,9 @@
 """Arguments that fit a tool's schema, and any others: no tool and no environment fails on them, and every session ends."""
 
 import asyncio
+import contextlib
 import importlib.util
+import itertools
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -62,26 +64,32 @@ def calls_of(tools):
     return st.one_of(*(st.tuples(st.just(f["name"]), arguments(f["parameters"])) for f in functions))
 
 
-def play(config, environment, setup, calls):
-    """The results of `calls` in one session. Raises where a session is left, or a result's kind is unknown."""
+@contextlib.contextmanager
+def playing(config, environment, setup):
+    """A function: calls -> their results in a session of their own. Raises where a session is left."""
 
     async def now(answer):
         return await answer if isinstance(answer, asyncio.Future) else answer
 
-    async def main():
+    async def start():
         sessions = Sessions(config)
         await sessions.toolbox.start()
-        try:
-            opened = await now(sessions.open(OpenSession("a", environment, setup)))
-            assert opened.error is None
-            results = [await now(sessions.call(Call("a", str(i), *call))) for i, call in enumerate(calls)]
-            assert (await now(sessions.finish("a"))).error is None
-            assert (len(sessions), len(sessions.deadlines)) == (0, 0)
-            return results
-        finally:
-            await sessions.close()
+        return sessions
 
-    return asyncio.run(main())
+    async def play(sessions, name, calls):
+        opened = await now(sessions.open(OpenSession(name, environment, setup)))
+        assert opened.error is None
+        results = [await now(sessions.call(Call(name, str(i), *call))) for i, call in enumerate(calls)]
+        assert (await now(sessions.finish(name))).error is None
+        assert (len(sessions), len(sessions.deadlines)) == (0, 0)
+        return results
+
+    with asyncio.Runner() as runner:
+        sessions, names = runner.run(start()), map(str, itertools.count())
+        try:
+            yield lambda calls: runner.run(play(sessions, next(names), calls))
+        finally:
+            runner.run(sessions.close())
 
 
 @pytest.mark.slow
@@ -96,7 +104,8 @@ def test_search_takes_any_arguments(tmp_path_factory, data):
     schema = {"type": "object", "properties": {"query": query}, "required": ["query"], "additionalProperties": False}
     tools = [{"function": {"name": "search", "parameters": schema}}]
     calls = data.draw(st.lists(calls_of(tools), min_size=1, max_size=4))
-    results = play(config, "tools", {}, calls)
+    with playing(config, "tools", {}) as play:
+        results = play(calls)
     assert {result.error for result in results} <= {None, "invalid_arguments"}
 
 
@@ -112,7 +121,8 @@ def test_tools_of_tau2_take_any_arguments(domain):
     @settings(max_examples=25, deadline=None, suppress_health_check=list(HealthCheck))
     @given(st.lists(calls_of(found.tools), min_size=1, max_size=5))
     def check(calls):
-        for result in play(ServerConfig.model_validate({}), "tau2", setup, calls):
+        for result in play(calls):
             assert result.error is None or FAILURES[result.error] in ("invalid_call", "tool_error"), result
 
-    check()
+    with playing(ServerConfig.model_validate({}), "tau2", setup) as play:
+        check()
