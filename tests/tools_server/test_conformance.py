@@ -5,13 +5,16 @@ import importlib.util
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
+from tools_server.config import ServerConfig
 from tools_server.conformance import (
     ALL_THAT_WAS_READ,
     SILENT_USER,
     VARIANTS,
+    connected,
     play_domain,
     script,
     write_names,
@@ -67,9 +70,8 @@ def _no_token(monkeypatch):
 
 @pytest.mark.parametrize("domain", tau2_domain.DOMAINS)
 def test_verdicts_over_http(domain):
-    for variant in VARIANTS:
-        outcomes = asyncio.run(play_domain(domain, variant))
-        assert (sum(outcomes.values()), len(outcomes)) == MEASURED[domain][variant], variant
+    played = asyncio.run(play_domain(domain, VARIANTS))
+    assert {name: (sum(found.values()), len(found)) for name, found in played.items()} == MEASURED[domain]
 
 
 def oracle(domain, task, steps, user):
@@ -152,6 +154,42 @@ def test_the_command_prints_how_many_and_which_not():
     result = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert result.stdout == "not met: update_task_with_history_and_env_assertions\n8/9\n"
     assert result.returncode == 1
+
+
+@pytest.fixture
+def clone(tmp_path):
+    """Laid out as the repository is; all of it the package's, but for one policy."""
+    package = Path(importlib.util.find_spec("tau2").origin).parent
+
+    def link(source, target, own=()):
+        target.mkdir(parents=True)
+        for path in source.iterdir():
+            if path.name not in own:
+                (target / path.name).symlink_to(path)
+
+    link(package, tmp_path / "src/tau2", own=["data"])
+    (tmp_path / "data/tau2").mkdir(parents=True)
+    mock = "tau2/domains/mock"
+    for depth in ("", "tau2", "tau2/domains"):
+        link(package / "data" / depth, tmp_path / "src/tau2/data" / depth, own=["tau2", "domains", "mock"])
+    link(package / "data" / mock, tmp_path / "src/tau2/data" / mock, own=["policy.md"])
+    (tmp_path / "src/tau2/data" / mock / "policy.md").write_text("The policy of the clone.")
+    return tmp_path
+
+
+def test_the_servers_processes_take_the_clone(clone):
+    async def main(config):
+        async with connected(None, ServerConfig.model_validate(config)) as http:
+            setup = {"domain": "mock", "task_id": "create_task_1"}
+            session = {"session_id": "a", "environment": "tau2", "setup": setup}
+            async with http.post("/v1/sessions", json={"sessions": [session]}) as response:
+                return (await response.json())["sessions"][0]["messages"][0]["content"]
+
+    assert asyncio.run(main({"tau2": {"clone": str(clone)}})) == "The policy of the clone."
+    assert asyncio.run(main({})) != "The policy of the clone."
+    command = [sys.executable, "-m", "tools_server", "conformance", "tau2", "--domain", "mock", "--path", str(clone)]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert result.stdout == "not met: update_task_with_history_and_env_assertions\n8/9\n"
 
 
 CLONE = os.environ.get("JORCH_TAU2_CLONE")

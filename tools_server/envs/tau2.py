@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 
 from tools_server.config import ChatConfig, ServerConfig, Tau2Config
 from tools_server.environment import Observation
-from tools_server.envs.tau2_domain import Domain, World, gold_hash, load_domain, said_before, to_openai
+from tools_server.envs.tau2_domain import Domain, World, gold_hash, load_domain, said_before, to_openai, use_clone
 from tools_server.envs.tau2_models import GREETING, Line, ModelUser, RecordedUser, ask, judge_assertions, user_prompt
 from tools_server.errors import Conflict
 
@@ -83,6 +83,8 @@ class Tau2Environment:
         """Raises ValueError where the package is missing or `setup` names no task."""
         if not all(isinstance(setup.get(key), str) for key in ("domain", "task_id")):
             raise ValueError(f'tau2 set-up {setup} needs strings "domain" and "task_id"')
+        if config is not None and config.tau2.clone is not None:
+            use_clone(config.tau2.clone)
         domain, task_id = load_domain(setup["domain"]), setup["task_id"]
         if task_id not in domain.tasks:
             raise ValueError(

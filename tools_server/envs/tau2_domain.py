@@ -8,9 +8,12 @@ import functools
 import importlib
 import json
 import os
+import sys
 import threading
+import types
 import warnings
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from tools_server.envs.overlay import Base, Overlay
@@ -68,6 +71,21 @@ class Domain:
         environment = self.module.get_environment(**databases)
         environment.policy = self.policy  # one text for all sessions
         return environment
+
+
+def use_clone(path: Path) -> None:
+    """Take `tau2` from a clone of its repository, in this process. Raises ValueError where it is none.
+
+    Its `__init__.py` is left out: it imports everything, runners and clients of model providers too.
+    """
+    source = path.resolve() / "src" / "tau2"
+    if not (source / "__init__.py").is_file() or not (path / "data" / "tau2").is_dir():
+        raise ValueError(f"{path} is no clone of tau2-bench: it has no src/tau2 or no data/tau2")
+    with _load_lock:
+        package = sys.modules.setdefault("tau2", types.ModuleType("tau2"))
+        found = list(vars(package).setdefault("__path__", [str(source)]))
+        if found != [str(source)]:
+            raise ValueError(f"tau2 is imported from {found[0]} already, not from {path}")
 
 
 def load_domain(name: str) -> Domain:

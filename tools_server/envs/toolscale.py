@@ -94,6 +94,8 @@ class ToolScaleEnvironment(tau2.Tau2Environment):
             raise ValueError("this server has no copy of ToolScale: set `toolscale` in its config")
         self._clock = _read_clock(setup.get("clock", DEFAULT_CLOCK))
         self._task_json = json.dumps(setup["task"], sort_keys=True)
+        if config.tau2.clone is not None:
+            tau2_domain.use_clone(config.tau2.clone)
         domain = load_domain(setup["domain"], config.toolscale)
         with self._time_stands():
             self._begin(domain, read_task(setup["task"]), setup, seed, config)
