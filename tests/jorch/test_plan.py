@@ -29,9 +29,9 @@ def job_8b(*overrides):
     return job_of(config_io.load(SFT_8B, SftConfig, [*SHORT, *overrides]))
 
 
-def tiny_job(tiny_config, *overrides, **changed):
+def tiny_job(tiny_config, settings=None, **changed):
     model = tiny_config(num_attention_heads=4, num_key_value_heads=4, head_dim=128, hidden_size=512, **changed)
-    settings = {
+    usual = {
         "out": "run",
         "demonstrations": "miniature",
         "model": model.model_dump(),
@@ -41,7 +41,7 @@ def tiny_job(tiny_config, *overrides, **changed):
         "optimizer": {"learning_rate": 1e-3},
         "mesh": {"fsdp": 8, "tensor": 2},
     }
-    return job_of(SftConfig.model_validate(settings))
+    return job_of(SftConfig.model_validate(usual | (settings or {})))
 
 
 @pytest.mark.parametrize(
@@ -170,6 +170,31 @@ def test_the_compiled_program_takes_the_planned_state(tiny_config):
     # XLA pads small arrays (scales, scalars) to whole tiles.
     planned = needed.parameters + needed.optimizer_state + batch
     assert planned <= compiled.arguments < 1.1 * planned
+    assert compiled.peak > compiled.arguments
+
+
+@pytest.mark.tpu_aot
+@pytest.mark.parametrize(
+    ("remat", "trained"),
+    [
+        ("save_attention", {"optimizer": {"kind": "adafactor", "learning_rate": 1e-3}}),
+        ("offload", {"lora": {"rank": 8}, "init_from": "models/tiny"}),
+    ],
+)
+def test_shared_rows_compile_with_every_way_to_save_memory(remat, trained, tiny_config):
+    """Context parallelism beside FSDP and tensor parallelism; arguments as planned, a frozen base included."""
+    job = tiny_job(
+        tiny_config,
+        vocab_size=1024,
+        intermediate_size=1024,
+        remat=remat,
+        settings={"mesh": {"fsdp": 4, "context": 2, "tensor": 2}, "batch": {"row_tokens": 1024, "micro_rows": 4}}
+        | trained,
+    )
+    needed, compiled = memory(job, 16, "tiled"), ahead_of_time.compile_step(job, V5E)
+    assert compiled.fits
+    planned = needed.parameters + needed.optimizer_state + 10 * 4 * 4 * 1024 * 4 / 8
+    assert 0.99 * planned <= compiled.arguments < 1.15 * planned
     assert compiled.peak > compiled.arguments
 
 
