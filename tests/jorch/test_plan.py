@@ -87,10 +87,18 @@ def test_the_largest_batch_fits_and_the_next_one_does_not():
         assert (memory(job_8b(f"batch.micro_rows={rows}"), 16, "tiled").total <= limit) is fits
 
 
-@pytest.mark.parametrize(("path", "model"), [(SFT_8B, SftConfig), (RL_8B, RlConfig)])
-def test_every_proposed_change_makes_it_fit(path, model):
-    where = topology.parse("h100:16")
-    few = ["batch.row_tokens=32768", "batch.micro_rows=128"]
+@pytest.mark.parametrize(
+    ("path", "model", "where", "few"),
+    [
+        (SFT_8B, SftConfig, "h100:16", ["batch.row_tokens=32768", "batch.micro_rows=128"]),
+        (RL_8B, RlConfig, "v5e:4x4", []),
+        (RL_8B, RlConfig, "v5e:4x4", ["lora={}", "batch.row_tokens=65536"]),
+    ],
+    ids=["SFT", "RL", "RL of an adapter"],
+)
+def test_every_proposed_change_makes_it_fit(path, model, where, few):
+    """And is one that the config's own checks accept: in RL a trajectory must still fit its row."""
+    where = topology.parse(where)
     plan = command.make_plan(job_of(config_io.load(path, model, few)), where, "tiled")
     assert not plan["fits"]
     assert len(plan["changes_that_fit"]) == 3
