@@ -206,8 +206,14 @@ def base_meta(init_from: str | None, frozen: Any) -> dict[str, Any]:
 
 
 def check_base(meta: dict[str, Any], init_from: str | None, frozen: Any) -> None:
-    """Raises ValueError where an adapter was trained on other frozen parameters than these."""
-    if frozen is not None and meta["base"][_CHECKSUM] != _together(checksums(frozen)):
+    """Raises ValueError where an adapter was trained on other frozen parameters than these; None where none are."""
+    if frozen is not None:
+        check_base_sums(meta, init_from, checksums(frozen))
+
+
+def check_base_sums(meta: dict[str, Any], init_from: str | None, sums: dict[str, int]) -> None:
+    """`check_base` of parameters whose checksums are known."""
+    if meta["base"][_CHECKSUM] != _together(sums):
         raise ValueError(
             f"init_from={init_from!r} holds other weights than those the adapter was trained on, which came from "
             f"{meta['base']['init_from']!r}; restore them there, or pass --fresh to start again"

@@ -19,6 +19,7 @@ from jorch.sections import (
     MiniatureConfig,
     ModelConfig,
     OptimizerConfig,
+    PeakFlopsKey,
     RematKey,
     RewardConfig,
     RolloutConfig,
@@ -72,6 +73,7 @@ class SftConfig(Section):
     mesh: MeshConfig = MeshConfig()
     checkpoint: CheckpointConfig = CheckpointConfig(every_steps=100)
     log_every: PositiveInt = Field(default=20, description="steps between lines of metrics")
+    peak_flops: PeakFlopsKey = None
 
     @model_validator(mode="after")
     def _start(self) -> "SftConfig":
@@ -116,6 +118,7 @@ class RlConfig(Section):
     checkpoint: CheckpointConfig = CheckpointConfig()
     watch: WatchConfig = WatchConfig()
     log_trajectories: int = Field(default=2, ge=0, description="groups written to trajectories.jsonl per step")
+    peak_flops: PeakFlopsKey = None
     param_dtype: Literal["float32", "bfloat16"] = Field(default="float32", description="of the trained parameters")
     compute_dtype: Literal["float32", "bfloat16"] = Field(default="float32", description="of activations")
     remat: RematKey = "none"

@@ -67,12 +67,14 @@ METRICS = {
     "time/push_s": "seconds in which the rollout process took the latest new weights",
     "time/pack_s": "seconds in rewards, advantages, samples and packing",
     "time/learn_s": "seconds in the train step",
-    "time/data_s": "seconds in demonstrations, packing and placing the batch",
-    "time/compute_s": "seconds in which the host waited for the devices",
-    "time/host_s": "seconds of the step in neither: dispatch, metrics, checkpoints",
-    "speed/tokens_per_s_per_device": "tokens in the rows, padding apart",
-    "speed/mfu": "(6 P tokens + 12 L N H pairs) / (s x devices x peak FLOP/s); pairs of tokens that see each other",
-    "speed/mfu_dense": "the same with every token seeing a whole row, as if nothing were masked",
+    "time/data_s": "seconds until the batch is packed: demonstrations; in RL rollouts and rewards",
+    "time/compute_s": "seconds in which the host waited for the devices; in RL time/learn_s",
+    "time/host_s": "seconds of the step in neither: dispatch, metrics, checkpoints; in RL new weights for the samplers",
+    "speed/tokens_per_s_per_device": "tokens in the rows, padding apart, over time/step_s; in RL over time/learn_s",
+    "speed/flops_per_s_per_device": "(6 P tokens + 12 L N H pairs) / (s x devices); pairs that see each other",
+    "speed/flops_per_s_per_device_dense": "the same with every token seeing a whole row, as if nothing were masked",
+    "speed/mfu": "speed/flops_per_s_per_device over a device's peak (key peak_flops; else by the device's name)",
+    "speed/mfu_dense": "the same of speed/flops_per_s_per_device_dense",
 }
 """What may be written: group/name, with the unit as a suffix where there is one -> what it is."""
 

@@ -17,6 +17,10 @@ _REMAT = (
     "offload: as full, with the inputs in the host's memory"
 )
 RematKey = Annotated[Remat, Field(description=_REMAT)]
+PeakFlopsKey = Annotated[
+    PositiveFloat | None,
+    Field(description="FLOP/s of one device, of which MFU is the share; null = by its name (jorch/flops.py), if known"),
+]
 
 
 class ModelConfig(Section):

@@ -22,7 +22,7 @@ from jorch.sharding import make_mesh, sharding
 from jorch.versions import versions
 
 NUM_LAYERS, D, F = 12, 1024, 4096
-"""1.2 GB of float32 in a state's shape: stacked matrices, and two moments of each."""
+"""1.5 GB of float32 in a state's shape: stacked matrices, and two moments of each."""
 NUM_TIMINGS = 5
 
 

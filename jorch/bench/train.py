@@ -33,6 +33,7 @@ from jorch.sections import LoraConfig, MeshConfig, ModelConfig, OptimizerConfig,
 from jorch.sharding import make_mesh, shard_batch
 from jorch.train.optimizer import make_optimizer
 from jorch.train.sft import cross_entropy
+from jorch.train.speed import work_of
 from jorch.train.state import init_state
 from jorch.train.step import make_train_step
 from jorch.types import PackedBatch, Sample
@@ -44,8 +45,8 @@ MOST_ERROR = {"float32": 1e-4, "bfloat16": 2e-2}
 SEGMENTS = {"one sequence": (1,), "packed": (4, 24, 7, 13, 5, 11)}
 """Rows to measure: the relative lengths of their sequences, which do not see each other."""
 FORMULA = (
-    "MFU = (6 P tokens + 12 L N H pairs) / (seconds x devices x peak); with LoRA 4 P + 6 A in place of 6 P; "
-    "recomputation not counted"
+    "FLOPs = 6 P tokens + 12 L N H pairs, with LoRA 4 P + 6 A in place of 6 P, recomputation not counted; "
+    "FLOP/s = FLOPs / (seconds x devices), MFU = FLOP/s / peak"
 )
 
 
@@ -59,10 +60,13 @@ class Timing(NamedTuple):
     q25_s: float
     q75_s: float
     tokens_per_s: float
+    flops_per_s: float
+    """Of a device, by `FORMULA`."""
+    flops_per_s_dense: float
+    """As if every row were one square, with nothing masked."""
     mfu: float | None
     """None where the device's peak is unknown."""
     mfu_dense: float | None
-    """As if every row were one causal square, masked half included."""
     peak_bytes: int | None
     loss: float
     """Of the first step, which both attentions must agree on."""
@@ -160,16 +164,16 @@ def measure(setup: Setup, row_tokens: int, rows: str, attention: str) -> Timing:
     seconds, loss = _time(compiled, state, arguments)
     low, median, high = np.percentile(seconds, (25, 50, 75))
     num_tokens = batch.token_ids.size
-    peak = peak_flops(jax.devices()[0].device_kind)
-    pairs = {"mfu": int((batch.positions + 1).sum()), "mfu_dense": num_tokens * row_tokens}
-    shares = {
-        name: peak and train_flops(config, num_tokens, p, low_rank) / (median * jax.device_count() * peak)
-        for name, p in pairs.items()
-    }
+    peak, work = peak_flops(jax.devices()[0].device_kind), work_of(batch)
+    rates = [
+        train_flops(config, num_tokens, pairs, low_rank) / (float(median) * jax.device_count())
+        for pairs in (work.num_pairs, work.num_dense_pairs)
+    ]
+    shares = [peak and flops_per_s / peak for flops_per_s in rates]
     planned = getattr(compiled.memory_analysis(), "peak_memory_in_bytes", None)
     quartiles = float(median), float(low), float(high)
     rate = num_tokens / float(median)
-    return Timing(row_tokens, rows, attention, *quartiles, rate, **shares, peak_bytes=planned, loss=loss)
+    return Timing(row_tokens, rows, attention, *quartiles, rate, *rates, *shares, peak_bytes=planned, loss=loss)
 
 
 def _with_rows(model: Trainable, rows: Callable[..., PackedRows]) -> Trainable:
@@ -228,15 +232,16 @@ def print_table(timings: list[Timing], setup: Setup, device: str) -> None:
     table = Table(caption=caption, caption_justify="left")
     for title in ("tokens a row", "rows", "attention"):
         table.add_column(title, no_wrap=True)
-    for title in ("step, ms", "tokens/s", "MFU, %", "dense eq., %", "planned peak, GB"):
+    for title in ("step, ms", "tokens/s", "GFLOP/s", "dense eq.", "MFU, %", "dense eq., %", "planned peak, GB"):
         table.add_column(title, justify="right")
     for number, t in enumerate(timings):
         shares = ("–" if share is None else f"{100 * share:.1f}" for share in (t.mfu, t.mfu_dense))
         planned = "–" if t.peak_bytes is None else f"{t.peak_bytes / 1e9:,.2f}"
         spread = f"{1e3 * t.median_s:,.3g} ±{500 * (t.q75_s - t.q25_s):,.2g}"
-        cells = (f"{t.row_tokens:,}", t.rows, t.attention, spread, f"{t.tokens_per_s:,.0f}", *shares, planned)
+        rates = (f"{rate / 1e9:,.0f}" for rate in (t.flops_per_s, t.flops_per_s_dense))
+        cells = (f"{t.row_tokens:,}", t.rows, t.attention, spread, f"{t.tokens_per_s:,.0f}", *rates, *shares, planned)
         table.add_row(*cells, end_section=number % 2 == 1)
-    Console(width=None if sys.stdout.isatty() else 140).print(table)
+    Console(width=None if sys.stdout.isatty() else 160).print(table)
     stats = jax.devices()[0].memory_stats() or {}
     if "peak_bytes_in_use" in stats:
         print(f"most memory in use on a device, over all cases: {stats['peak_bytes_in_use'] / 1e9:,.2f} GB")

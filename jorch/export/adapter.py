@@ -7,27 +7,27 @@ import numpy as np
 from safetensors.numpy import save_file
 
 from jorch.export import hf
+from jorch.export.source import Source, in_layers
 from jorch.export.tensors import layer_name
-from jorch.model.transformer import Params
 from jorch.sections import LoraConfig
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 
 
-def save(folder: Path, lora: LoraConfig, params: Params, base: str) -> None:
-    """Write the adapter's parameters (as in `model/lora.py`) and PEFT's description of them, whole or not at all.
+def save(folder: Path, lora: LoraConfig, source: Source, base: str) -> None:
+    """Write the adapter's parameters (of `flat_adapter`'s names) and PEFT's description of them, whole or not at all.
 
-    `base` is where the frozen weights are, as PEFT's `base_model_name_or_path`. Raises OSError naming `folder`.
+    They are held in memory once. `base` is where the frozen weights are, as PEFT's `base_model_name_or_path`. Raises
+    OSError naming `folder`.
     """
-    adapter = params["layers"]["adapter"]
     tensors: dict[str, np.ndarray] = {}
-    for name, pair in adapter.items():
-        stacked_a, stacked_b = (np.asarray(x, np.float32) for x in (pair["a"], pair["b"]))
-        for index, (a, b) in enumerate(zip(stacked_a, stacked_b, strict=True)):
-            module = f"base_model.model.{layer_name(index, name).removesuffix('.weight')}"
-            # [in..., R] and [R, out...] to torch's [out, in].
-            tensors[f"{module}.lora_A.weight"] = np.ascontiguousarray(a.reshape(-1, lora.rank).T)
-            tensors[f"{module}.lora_B.weight"] = np.ascontiguousarray(b.reshape(lora.rank, -1).T)
+    for flat_name, index in in_layers(source):
+        _, name, half = flat_name.split("/")
+        x = np.asarray(source.tensor(flat_name, index), np.float32)
+        module = f"base_model.model.{layer_name(index, name).removesuffix('.weight')}"
+        # [in..., R] and [R, out...] to torch's [out, in].
+        x = x.reshape(-1, lora.rank) if half == "a" else x.reshape(lora.rank, -1)
+        tensors[f"{module}.lora_{half.upper()}.weight"] = np.ascontiguousarray(x.T)
     with hf.replaced(folder) as written:
         save_file(tensors, written / WEIGHTS, {"format": "pt"})
         (written / CONFIG).write_text(json.dumps(_description(lora, base), indent=2) + "\n")

@@ -1,19 +1,21 @@
 """`jorch export`: a checkpoint of a run as a folder of Hugging Face safetensors, or its adapter as PEFT's."""
 
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from jorch import config_io
-from jorch.checkpoint import Checkpoints, check_base, describe
+from jorch.checkpoint import Checkpoints, check_base_sums, describe
 from jorch.config import QuickstartConfig, RlConfig, SftConfig
 from jorch.data import tokenizer as tokenizers
 from jorch.data.tokenizer import Tokenizer
 from jorch.export import adapter, heads, hf, pretrained, weights
 from jorch.export.importing import refuse_occupied
-from jorch.export.source import Cast, Held, OfRun, Source
+from jorch.export.source import Cast, Held, Merged, OfRun, Source, checksums_of, flat_adapter
 from jorch.memory import give_back_freed_blocks
 from jorch.model.lora import LoraQwen3
-from jorch.model.transformer import Params, Qwen3, Trainable
+from jorch.model.transformer import Qwen3, Trainable
 from jorch.run_folder import CONFIG
 from jorch.sections import MeshConfig, ModelConfig
 from jorch.sharding import make_mesh
@@ -70,28 +72,31 @@ def run(
     if not folder.is_dir() or not architecture.is_dir():
         raise ValueError(f"{source} has no checkpoint yet")
     base = Qwen3(hf.load_config(architecture, param_dtype=_param_dtype(config)))
-    model: Trainable = LoraQwen3(base, config.lora) if config.lora else base
     tokenizer = tokenizers.load_folder(architecture)
     optimizer = make_optimizer(config.optimizer, config.steps)
     with Checkpoints(folder, config.checkpoint, read_only=True) as checkpoints:
         if checkpoints.latest_step() is None:
             raise ValueError(f"{source} has no checkpoint yet")
         belongs_to = describe(config, base.config, tokenizer.digest)
-        arrays, meta, step = checkpoints.open(belongs_to, step)
-        if arrays is not None and config.lora is None:
-            with arrays.kept(source):
-                stored = OfRun(arrays, base.abstract_params())
-                _write(out, base.config, stored, tokenizer, form, {"step": step})
-            print(f"exported step {step} of {source} to {out}")
-            return
-        wanted = abstract_state(model, optimizer, make_mesh(MeshConfig()))
-        state, meta, step = checkpoints.restore(wanted, belongs_to, step)
-    if config.lora and lora == "adapter":
-        adapter.save(out, config.lora, state.params, str(pretrained.folder_of(meta["base"]["init_from"])))
-        print(f"exported the adapter of step {step} of {source} to {out}")
-        return
-    frozen = _frozen(meta["base"]["init_from"], meta, _param_dtype(config)) if config.lora else None
-    _write(out, model.config, Held(model.merge(state.params, frozen)), tokenizer, form, {"step": step})
+        model: Trainable = LoraQwen3(base, config.lora) if config.lora else base
+        with ExitStack() as stack:
+            arrays, meta, step = checkpoints.open(belongs_to, step)
+            if arrays is None:
+                wanted = abstract_state(model, optimizer, make_mesh(MeshConfig()))
+                state, meta, step = checkpoints.restore(wanted, belongs_to, step)
+                trained: Source = Held(flat_adapter(state.params) if config.lora else state.params)
+            else:
+                stack.enter_context(arrays.kept(source))
+                shapes = model.abstract_params()
+                trained = OfRun(arrays, flat_adapter(shapes) if config.lora else shapes)
+            if config.lora and lora == "adapter":
+                adapter.save(out, config.lora, trained, str(pretrained.folder_of(meta["base"]["init_from"])))
+                print(f"exported the adapter of step {step} of {source} to {out}")
+                return
+            if isinstance(model, LoraQwen3):
+                frozen = stack.enter_context(_frozen(meta, _param_dtype(config)))
+                trained = Merged(frozen, trained, model)
+            _write(out, base.config, trained, tokenizer, form, {"step": step})
     print(f"exported step {step} of {source} to {out}")
 
 
@@ -105,11 +110,13 @@ def _write(
     hf.write(out, config, params, tokenizer, facts | {"tokenizer_digest": tokenizer.digest})
 
 
-def _frozen(init_from: str, meta: dict[str, Any], param_dtype: str) -> Params:
-    """The base that the adapter of a checkpoint was trained on."""
-    base = pretrained.load(init_from, make_mesh(MeshConfig()), param_dtype=param_dtype)
-    check_base(meta, init_from, base.params)
-    return base.params
+@contextmanager
+def _frozen(meta: dict[str, Any], param_dtype: str) -> Iterator[Source]:
+    """The base that the adapter of a checkpoint was trained on; it is read once before anything is written."""
+    init_from = meta["base"]["init_from"]
+    with pretrained.opened(init_from, param_dtype=param_dtype) as base:
+        check_base_sums(meta, init_from, checksums_of(base))
+        yield base
 
 
 def _export_weights(source: Path, out: Path, form: Form) -> None:

@@ -1,5 +1,7 @@
 """A trained model from a folder: weights, architecture and tokenizer together, placed on a mesh."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -8,8 +10,11 @@ from jax.sharding import Mesh
 
 from jorch.data import tokenizer as tokenizers
 from jorch.data.tokenizer import Tokenizer
-from jorch.export import hf, weights
+from jorch.export import hf, tensors, weights
+from jorch.export.source import Source
 from jorch.model.transformer import Params, Qwen3
+from jorch.sections import MeshConfig
+from jorch.sharding import make_mesh
 
 BASE = Path(__file__).parent.parent / "assets" / "base"
 """The tiny pretrained orchestrator of the quickstart, which ships with the package."""
@@ -47,6 +52,18 @@ def load(init_from: str, mesh: Mesh, **settings: Any) -> Pretrained:
     model, tokenizer = load_model(folder, **settings)
     read = weights.load if weights.is_checkpoint(folder) else hf.load
     return Pretrained(model, read(folder, model, mesh), tokenizer)
+
+
+@contextmanager
+def opened(init_from: str, **settings: Any) -> Iterator[Source]:
+    """The parameters that `load` would read, without reading them yet. Raises ValueError as `load`."""
+    folder = folder_of(init_from)
+    model, _ = load_model(folder, **settings)
+    if weights.is_checkpoint(folder):
+        yield weights.Stored(folder, model, make_mesh(MeshConfig()))
+    else:
+        with tensors.Reader(folder) as reader:
+            yield tensors.OfFiles(reader, model)
 
 
 def load_model(folder: Path, **settings: Any) -> tuple[Qwen3, Tokenizer]:

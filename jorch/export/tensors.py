@@ -17,7 +17,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from safetensors import SafetensorError, safe_open
 
-from jorch.export.source import Source
+from jorch.export.source import Source, in_layers, row_blocks
 from jorch.model.transformer import Params, Qwen3
 
 _TOP = {
@@ -115,13 +115,18 @@ class Reader:
 
     def read(self, name: str, shape: tuple[int, ...], place: NamedSharding) -> jax.Array:
         """The tensor in its stored type on `place`; every host reads its part only."""
+        stored = self.stored(name, shape)
+        del self._files[name]
+        return jax.make_array_from_callback(shape, place, lambda index: stored[index])
+
+    def stored(self, name: str, shape: tuple[int, ...]) -> Any:
+        """The tensor in the file, to be indexed; it does not count as read. Raises ValueError for another shape."""
         stored = self._of(name).get_slice(name)
         if tuple(stored.get_shape()) != shape:
             raise ValueError(
                 f"{self._folder}: tensor {name!r} has shape {tuple(stored.get_shape())}; the config needs {shape}"
             )
-        del self._files[name]
-        return jax.make_array_from_callback(shape, place, lambda index: stored[index])
+        return stored
 
     def refuse_leftovers(self, *, tied: bool) -> None:
         # Tied checkpoints of transformers may still carry the head, equal to the embedding.
@@ -154,6 +159,30 @@ def stored_dtype(folder: Path) -> str:
     """In which of our parameter types a folder keeps its embedding. Raises ValueError where in none of them."""
     with Reader(folder) as reader:
         return reader.dtype(_TOP["embed"])
+
+
+class OfFiles:
+    """The parameters in a folder's files, read when they are asked for and held no longer: a `Source`."""
+
+    by_layer = False
+
+    def __init__(self, reader: Reader, model: Qwen3) -> None:
+        self.shapes: Params = model.abstract_params()
+        self._reader = reader
+
+    def rows(self, name: str) -> Iterator[jax.Array]:
+        """Raises ValueError where they are missing or of another shape."""
+        x = self.shapes[name]
+        stored = self._reader.stored(_TOP[name], x.shape)
+        for begin, end in row_blocks(x.shape):
+            yield jnp.asarray(stored[begin:end]).astype(x.dtype)
+
+    def tensor(self, name: str, index: int) -> jax.Array:
+        """Raises ValueError where it is missing or of another shape."""
+        x = self.shapes["layers"][name]
+        shape = x.shape[1:]
+        stored = self._reader.stored(layer_name(index, name), _hf_shape(name, shape))
+        return jnp.asarray(stored[:]).T.reshape(shape).astype(x.dtype)
 
 
 def load(folder: Path, model: Qwen3, mesh: Mesh) -> Params:
@@ -249,12 +278,7 @@ def _order(source: Source) -> Iterator[tuple[str, int | None]]:
     """Our names in the order of the file, with the layer's number where there is one."""
     for name in _in_order(source.shapes):
         yield name, None
-    layers = source.shapes["layers"]
-    numbers = range(next((stacked.shape[0] for stacked in layers.values()), 0))
-    if source.by_layer:
-        yield from ((name, index) for index in numbers for name in layers)
-    else:
-        yield from ((name, index) for name in layers for index in numbers)
+    yield from in_layers(source)
 
 
 def _described(shapes: Params, name: str, index: int | None) -> _Described:

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 from jorch.plan.job import Job
 from jorch.plan.memory import Attention, Memory, memory
-from jorch.sections import Section
+from jorch.sections import LoraConfig, Section
 
 
 class Change(NamedTuple):
@@ -17,9 +17,16 @@ class Change(NamedTuple):
     value: Any
     cost: float
 
-    def override(self, job: Job) -> str:
-        """As it is written on the command line."""
-        return f"{self.key.replace('model.', job.model_prefix)}={self.value}"
+    def overrides(self, job: Job) -> list[str]:
+        """As it is written on the command line, with what has to change along."""
+        if self.key == "lora":
+            return ["lora={}"]
+        written = [f"{self.key.replace('model.', job.model_prefix)}={self.value}"]
+        if self.key == "batch.row_tokens" and job.within_row:
+            context = job.within_row[0][1]
+            if context > self.value:
+                written += [f"{key}={length * self.value // context}" for key, length in job.within_row]
+        return written
 
 
 def largest_batch(job: Job, num_devices: int, limit_bytes: float, attention: Attention) -> int:
@@ -93,6 +100,8 @@ def _options(job: Job, num_devices: int) -> Iterator[Change]:
         if job.optimizer.moment_dtype == "float32":
             yield Change("optimizer.moment_dtype", "bfloat16", 2.5)  # first moments of 8 bits
         yield Change("optimizer.kind", "adafactor", 4.0)  # another optimizer: its rate wants tuning
+    if job.may_adapt and job.lora is None:
+        yield Change("lora", LoraConfig(), 5.0)  # less is trained
     for factor in (2, 4, 8):
         yield Change("batch.row_tokens", job.batch.row_tokens // factor, 4.0 + factor)  # long samples are lost
     if job.model.param_dtype == "float32":
@@ -100,6 +109,8 @@ def _options(job: Job, num_devices: int) -> Iterator[Change]:
 
 
 def _with(job: Job, change: Change) -> Job:
+    if change.key == "lora":
+        return replace(job, lora=change.value)
     section, key = change.key.split(".")
     part: Section = getattr(job, section)
     changed = replace(job, **{section: part.model_copy(update={key: change.value})})

@@ -54,7 +54,10 @@ def make_plan(job: Job, where: Topology, attention: Attention) -> dict[str, Any]
         "changes_that_fit": []
         if fits
         else [
-            {"overrides": [change.override(job) for change in made], "total_bytes_per_device": after.total}
+            {
+                "overrides": [written for change in made for written in change.overrides(job)],
+                "total_bytes_per_device": after.total,
+            }
             for made, after in changes.cheapest(job, where.num_devices, limit_bytes, attention)
         ],
         "compiled": None,

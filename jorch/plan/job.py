@@ -44,6 +44,10 @@ class Job:
     """An adapter is trained, the rest of the model is frozen."""
     model_prefix: str
     """Where the config has the model's settings: "model." in SFT's, "" in RL's."""
+    within_row: tuple[tuple[str, int], ...] = ()
+    """RL's keys, the sampler's context first, with lengths in tokens that shrink with a row: a trajectory must fit."""
+    may_adapt: bool = False
+    """There are weights that could stay frozen under an adapter."""
 
 
 def job_of(config: SftConfig | RlConfig) -> Job:
@@ -51,9 +55,27 @@ def job_of(config: SftConfig | RlConfig) -> Job:
     rows = config.rows_per_step if isinstance(config, SftConfig) else _rows_per_update(config)
     num_micro = -(-rows // config.batch.micro_rows)
     with_reference = isinstance(config, RlConfig) and config.algorithm.kl_coefficient > 0
-    prefix = "model." if isinstance(config, SftConfig) else ""
     return Job(
-        _model(config), config.optimizer, config.batch, config.mesh, num_micro, with_reference, config.lora, prefix
+        _model(config),
+        config.optimizer,
+        config.batch,
+        config.mesh,
+        num_micro,
+        with_reference,
+        config.lora,
+        "model." if isinstance(config, SftConfig) else "",
+        _within_row(config),
+        config.init_from is not None and config.optimizer.kind != "muon",
+    )
+
+
+def _within_row(config: SftConfig | RlConfig) -> tuple[tuple[str, int], ...]:
+    if isinstance(config, SftConfig):
+        return ()
+    return (
+        ("sampler.max_context_tokens", config.sampler.max_context_tokens),
+        ("rollout.max_prompt_tokens", config.rollout.max_prompt_tokens),
+        ("rollout.max_tokens_per_turn", config.rollout.max_tokens_per_turn),
     )
 
 

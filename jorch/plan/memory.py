@@ -78,12 +78,19 @@ def _state_bytes(
     """(trained parameters, frozen ones, optimizer state, float32 gradients) on the fullest device."""
     abstract_mesh = AbstractMesh(mesh_shape(mesh, num_devices), MESH_AXES, (AxisType.Auto,) * len(MESH_AXES))
     shardable: Any = abstract_mesh  # shardings need its shape alone
-    base, rule = Qwen3(model), make_optimizer(optimizer, 1000)
-    trained: Trainable = LoraQwen3(base, lora) if lora else base
+    key: Any = model, lora
+    (base, trained), rule = _models(*key), make_optimizer(optimizer, 1000)
     state = abstract_state(trained, rule, shardable)
     frozen = _bytes(abstract_state(base, rule, shardable).params) if lora else 0.0
     in_float32 = jax.tree.map(lambda x: x.update(dtype=jnp.float32), state.params)
     return _bytes(state.params), frozen, _bytes(state.opt_state), _bytes(in_float32)
+
+
+@cache
+def _models(model: ModelConfig, lora: LoraConfig | None) -> tuple[Qwen3, Trainable]:
+    """The whole one and what is trained; one pair for all meshes and optimizers, since they take a moment to make."""
+    base = Qwen3(model)
+    return base, LoraQwen3(base, lora) if lora else base
 
 
 def _bytes(tree: object) -> float:

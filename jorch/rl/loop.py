@@ -13,7 +13,7 @@ from contextlib import closing
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -54,9 +54,21 @@ from jorch.sections import ServerSection
 from jorch.serving.samplers import Weights, make_sampler, weights_folder
 from jorch.sharding import make_mesh, shard_batch
 from jorch.train.optimizer import make_optimizer
+from jorch.train.speed import Work, speed, split, work_of
 from jorch.train.state import TrainState, abstract_state, init_state
 from jorch.train.step import TrainStep, make_logprobs_fn, make_train_step
 from jorch.types import Group, PackedBatch, Sample, Task, Trajectory
+
+
+class Packed(NamedTuple):
+    """One optimizer update's samples."""
+
+    batch: PackedBatch
+    """On the mesh."""
+    num_sequences: float
+    fill: float
+    """Share of its positions that hold a token."""
+    work: Work
 
 
 @dataclass
@@ -97,16 +109,18 @@ class Learner:
         kept = [g for g in groups if keeps_group(g.rewards, config.algorithm.min_group_std)]
         samples = [s for group in kept for s in from_group(group, config.algorithm)]
         batches = [self._pack(part) for part in _split(samples, config.num_minibatches) if part]
-        packed = time.perf_counter()
+        pack_ended = time.perf_counter()
         totals: list[dict[str, jax.Array]] = []
-        for batch, num_sequences, _ in batches:
-            self.state, metrics = self.train_step(self.state, batch, num_sequences, self.frozen)
+        for packed in batches:
+            self.state, metrics = self.train_step(self.state, packed.batch, packed.num_sequences, self.frozen)
             totals.append(metrics)
         counts = sum(np.asarray(metrics.pop(log_ratios.COUNTS), np.float64) for metrics in totals)
         means = {name: float(np.mean([float(m[name]) for m in totals])) for name in (totals or [{}])[0]}
         self._check_finite(means, step)
+        learn_s = time.perf_counter() - pack_ended
         metrics = (
             means
+            | self._speed(batches, learn_s)
             | log_ratios.quantiles(counts)
             | rollout_metrics(step, groups, [t for siblings in trajectories for t in siblings])
         )
@@ -114,24 +128,30 @@ class Learner:
             "group/dropped_fraction": 1.0 - len(kept) / len(tasks),
             "samples/trained": float(sum(s.num_copies for s in samples)),
             "samples/distinct": float(len(samples)),
-            "packing/fill": float(np.mean([fill for *_, fill in batches])) if batches else 0.0,
-            "time/pack_s": packed - began,
-            "time/learn_s": time.perf_counter() - packed,
+            "packing/fill": float(np.mean([packed.fill for packed in batches])) if batches else 0.0,
+            "time/pack_s": pack_ended - began,
+            "time/learn_s": learn_s,
         }, groups
 
-    def _pack(self, samples: list[Sample]) -> tuple[PackedBatch, float, float]:
-        """(batch on the mesh, number of sequences in it, share of its positions that hold a token)"""
+    def _pack(self, samples: list[Sample]) -> Packed:
         shape = self.config.batch
         num_micro = -(-self.config.tasks_per_step * self.config.group_size // shape.micro_rows)
         batch = pack(samples, row_tokens=shape.row_tokens, micro_rows=shape.micro_rows, num_micro=num_micro)
-        fill = fill_fraction(batch)
+        fill, work = fill_fraction(batch), work_of(batch)
         batch = shard_batch(self.mesh, batch)
         if self.config.num_minibatches > 1:
             # Taken before the first update, so that every minibatch's ratio is to the same policy.
             batch = batch._replace(old_logprobs=self.logprobs_fn(self.state.params, batch, self.frozen))
         if self.reference is not None:
             batch = batch._replace(ref_logprobs=self.logprobs_fn(self.reference, batch, self.frozen))
-        return batch, float(sum(s.num_copies for s in samples)), fill
+        return Packed(batch, float(sum(s.num_copies for s in samples)), fill, work)
+
+    def _speed(self, batches: list[Packed], learn_s: float) -> dict[str, float]:
+        """Of the updates alone, without what rollouts and scoring compute; nothing where all groups were dropped."""
+        if not batches:
+            return {}
+        work = Work(*np.sum([packed.work for packed in batches], axis=0).tolist())
+        return speed(self.model.config, work, learn_s, self.config.peak_flops, self.config.lora)
 
     def _check_finite(self, metrics: dict[str, float], step: int) -> None:
         """Stop after too many consecutive skipped updates."""
@@ -275,9 +295,10 @@ def _train_beside_rollouts(
         for step in range(first_step, config.steps):
             began = time.perf_counter()
             taken, trajectories, queue_metrics = rollouts.take(step)
+            data_s = time.perf_counter() - began
             metrics, groups = learner.update(step, taken, trajectories)
             rollouts.publish(weights.write(learner.params, step + 1), step + 1)
-            metrics |= queue_metrics | {"time/step_s": time.perf_counter() - began}
+            metrics |= queue_metrics | _step_times(metrics, time.perf_counter() - began, data_s)
             records.write(step, learner.state, metrics, groups, rollouts.num_used)
     sampler.publish(learner.params, config.steps)
 
@@ -321,12 +342,17 @@ async def take_step(
     metrics, groups = learner.update(step, tasks, trajectories)
     sampler.publish(to_host(learner.params), step + 1)
     sample_s = sampler.stats.busy_s - busy_s
+    metrics |= _step_times(metrics, time.perf_counter() - began, rolled_out - began)
     metrics |= {
-        "time/step_s": time.perf_counter() - began,
         "time/sample_s": sample_s,
         "time/tools_s": rolled_out - began - sample_s,
     }
     return metrics, groups
+
+
+def _step_times(metrics: dict[str, float], step_s: float, rollouts_s: float) -> dict[str, float]:
+    """A step's time and its parts, with those that `Learner.update` has measured."""
+    return split(step_s, data_s=rollouts_s + metrics["time/pack_s"], compute_s=metrics["time/learn_s"])
 
 
 def _split(samples: list[Sample], num_parts: int) -> list[list[Sample]]:

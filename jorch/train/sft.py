@@ -22,7 +22,7 @@ from jorch.processes import is_writer
 from jorch.sharding import shard_batch
 from jorch.stopping import Terminated, on_sigterm
 from jorch.train.optimizer import make_optimizer
-from jorch.train.speed import Clock, device_kind, speed
+from jorch.train.speed import Clock, speed, work_of
 from jorch.train.state import abstract_state, init_state
 from jorch.train.step import Metrics, make_train_step
 from jorch.types import PackedBatch, Sample
@@ -121,9 +121,8 @@ class _Report:
         times = self.clock.lap()
         if self._writer and (step % self._config.log_every == 0 or step + 1 == self._config.steps):
             here = {"packing/fill": fill_fraction(batch)} | times
-            here |= speed(
-                self._model.config, batch, times["time/step_s"], device_kind(), jax.device_count(), self._config.lora
-            )
+            peak, low_rank = self._config.peak_flops, self._config.lora
+            here |= speed(self._model.config, work_of(batch), times["time/step_s"], peak, low_rank)
             self._writer.write(step, values | here)
         self._progress.advance(loss=values["train/loss"])
         return values

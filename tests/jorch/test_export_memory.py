@@ -13,11 +13,12 @@ import jax.numpy as jnp
 import pytest
 import yaml
 
-from jorch.checkpoint import Checkpoints, describe
+from jorch.checkpoint import Checkpoints, base_meta, describe
 from jorch.config import SftConfig
 from jorch.export import hf, weights
-from jorch.model.transformer import Params, Qwen3
-from jorch.sections import ModelConfig
+from jorch.model.lora import LoraQwen3
+from jorch.model.transformer import Params, Qwen3, Trainable
+from jorch.sections import LoraConfig, ModelConfig
 from jorch.synth.sft import train_tokenizer
 from jorch.train.optimizer import make_optimizer
 from jorch.train.state import init_state
@@ -57,11 +58,31 @@ def save_weights(folder: Path, config: ModelConfig, params: Params, mesh: jax.sh
 
 
 def save_run(folder: Path, config: ModelConfig, params: Params, mesh: jax.sharding.Mesh) -> None:
-    """What behaviour cloning leaves after a step."""
+    """What behaviour cloning of the whole model leaves after a step."""
+    write_run(folder, config, mesh, Qwen3(config), params, {"model": config.model_dump()}, {})
+
+
+def save_adapter_run(folder: Path, config: ModelConfig, params: Params, mesh: jax.sharding.Mesh) -> None:
+    """The same of an adapter, whose base lies in safetensors."""
+    base = folder.with_name(f"base-{folder.name}")
+    hf.save(base, config, params, train_tokenizer())
+    model = LoraQwen3(Qwen3(config), LoraConfig(rank=8))
+    settings = {"init_from": str(base), "lora": model.lora.model_dump()}
+    write_run(folder, config, mesh, model, model.init(jax.random.key(0), mesh), settings, base_meta(str(base), params))
+
+
+def write_run(
+    folder: Path,
+    config: ModelConfig,
+    mesh: jax.sharding.Mesh,
+    trained: Trainable,
+    params: Params,
+    settings: dict[str, Any],
+    meta: dict[str, Any],
+) -> None:
     tokenizer = train_tokenizer()
-    content = {
+    content = settings | {
         "out": str(folder),
-        "model": config.model_dump(),
         "demonstrations": "miniature",
         "steps": 1,
         "batch": {"row_tokens": 8, "micro_rows": 1},
@@ -71,14 +92,14 @@ def save_run(folder: Path, config: ModelConfig, params: Params, mesh: jax.shardi
     folder.mkdir()
     (folder / "config.yaml").write_text(yaml.safe_dump(run.model_dump(mode="json")))
     hf.save_architecture(folder, config, tokenizer)
-    state = init_state(Qwen3(config), make_optimizer(run.optimizer, 1), mesh, params)
+    state = init_state(trained, make_optimizer(run.optimizer, 1), mesh, params)
     with Checkpoints(folder / "checkpoints", run.checkpoint) as checkpoints:
-        checkpoints.save(1, state, describe(run, config, tokenizer.digest), force=True)
+        checkpoints.save(1, state, describe(run, config, tokenizer.digest) | meta, force=True)
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="needs Linux's /proc")
-@pytest.mark.parametrize(("save", "most"), [(save_weights, 30), (save_run, 15)])
+@pytest.mark.parametrize(("save", "most"), [(save_weights, 30), (save_run, 15), (save_adapter_run, 15)])
 def test_many_layers_take_no_more_than_three(save: Any, most: int, mesh: jax.sharding.Mesh, tmp_path: Path) -> None:
     """All of them would be 5 or 10 times as much, an optimizer's state the double on top; two are the allowance."""
     peaks, layer_bytes = [], 0

@@ -16,19 +16,11 @@ from jorch.export import hf, pretrained, probe, tensors
 from jorch.export.pretrained import BASE
 from jorch.export.source import Held
 from jorch.model.transformer import Qwen3
+from jorch.plan.job import PUBLISHED
 from jorch.synth.sft import train_tokenizer
+from tests.jorch.published import SIZES, config_json
 
 TOKENIZER = train_tokenizer()
-
-# Of the published config.json files.
-PUBLISHED = {
-    "0.6B": (1024, 3072, 28, 16, 8, True, 596_049_920),
-    "1.7B": (2048, 6144, 28, 16, 8, True, 1_720_574_976),
-    "4B": (2560, 9728, 36, 32, 8, True, 4_022_468_096),
-    "8B": (4096, 12288, 36, 32, 8, False, 8_190_735_360),
-    "14B": (5120, 17408, 40, 40, 8, False, 14_768_307_200),
-    "32B": (5120, 25600, 64, 64, 8, False, 32_762_123_264),
-}
 
 
 @pytest.fixture
@@ -177,18 +169,18 @@ def test_several_files_hold_what_their_index_says(max_shard_bytes, published, me
         assert len(parts) == 1 or sum(t.nbytes for t in parts.values()) <= max_shard_bytes
 
 
-@pytest.mark.parametrize("size", PUBLISHED)
-def test_every_published_size_has_its_number_of_parameters(size, tmp_path):
-    D, F, L, N, K, tied, num_params = PUBLISHED[size]
-    raw = {
-        "model_type": "qwen3", "vocab_size": 151936, "hidden_size": D, "intermediate_size": F, "num_hidden_layers": L,
-        "num_attention_heads": N, "num_key_value_heads": K, "head_dim": 128, "hidden_act": "silu",
-        "attention_bias": False, "use_sliding_window": False, "sliding_window": None, "max_window_layers": L,
-        "rope_theta": 1000000, "rope_scaling": None, "rms_norm_eps": 1e-06, "tie_word_embeddings": tied,
-        "max_position_embeddings": 40960, "torch_dtype": "bfloat16",
-    }  # fmt: skip
-    (tmp_path / "config.json").write_text(json.dumps(raw))
-    assert Qwen3(hf.load_config(tmp_path)).num_params() == num_params
+@pytest.mark.parametrize("size", SIZES)
+def test_every_published_size_is_read_and_has_its_number_of_parameters(size, tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(config_json(size)))
+    config, published = hf.load_config(tmp_path), SIZES[size]
+    assert config == PUBLISHED[size], "what a plan takes without the file"
+    model = Qwen3(config)
+    assert model.num_params() == published.num_params
+    assert round(model.num_params() / 1e9, 1) == published.billions
+    num_embedded = config.vocab_size * config.hidden_size * (1 if config.tie_word_embeddings else 2)
+    digits = len(str(published.billions_without_embedding).partition(".")[2])
+    rest = (model.num_params() - num_embedded) / 1e9
+    assert round(rest, digits) == published.billions_without_embedding
 
 
 def test_verify_says_what_it_lacks(jorch, tmp_path):

@@ -1,10 +1,13 @@
-"""What `jorch launch` would submit, judged by bash, shellcheck and Kubernetes' own schema."""
+"""What `jorch launch` would submit, judged by bash, shellcheck, and the schemas of Kubernetes and of JobSet."""
 
+import json
 import shlex
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
+import jsonschema
 import kubernetes_validate
 import pytest
 import yaml
@@ -14,6 +17,20 @@ from jorch.launch import kubernetes, slurm
 ARGUMENTS = ["sft", "it's mine.yaml", "optimizer.learning_rate=1e-4", "--resume"]
 ALLOCATION = {"name": "run-1", "nodes": 2, "gpus_per_node": 8, "time": "2-00:00:00"}
 CLUSTER = {"name": "run-1", "image": "registry.example/jorch:1", "claim": "work"}
+
+
+def closed(schema: Any) -> Any:
+    """The schema under which an unknown field is an error, as kubectl's strict validation has it."""
+    if isinstance(schema, list):
+        return [closed(part) for part in schema]
+    if not isinstance(schema, dict):
+        return schema
+    inside = {key: closed(part) for key, part in schema.items()}
+    known = isinstance(schema.get("properties"), dict) and schema.get("type") == "object"
+    return inside | {"additionalProperties": False} if known else inside
+
+
+JOBSET = closed(json.loads(Path(__file__).with_name("jobset_schema.json").read_text()))
 
 
 @pytest.mark.parametrize("partition", [None, "gpu"])
@@ -55,7 +72,8 @@ def test_the_jobset_holds_a_valid_job_for_every_host(changes, hosts, limits, pla
     jobset = yaml.safe_load(kubernetes.manifest(ARGUMENTS, kubernetes.Cluster(**CLUSTER | changes)))
     assert (jobset["apiVersion"], jobset["kind"]) == ("jobset.x-k8s.io/v1alpha2", "JobSet")
     (replicated,) = jobset["spec"]["replicatedJobs"]
-    # JobSet is a custom resource, which the validator does not know; the Job inside it is Kubernetes' own.
+    jsonschema.validate(jobset, JOBSET)
+    # The validator does not know JobSet's own resource; the Job inside it is Kubernetes' own.
     job = {"apiVersion": "batch/v1", "kind": "Job", "metadata": {"name": "j"}, "spec": replicated["template"]["spec"]}
     kubernetes_validate.validate(job, "1.31", strict=True)
     assert job["spec"]["completions"] == job["spec"]["parallelism"] == hosts
@@ -66,13 +84,16 @@ def test_the_jobset_holds_a_valid_job_for_every_host(changes, hosts, limits, pla
     assert shlex.split(shell[2]) == ["exec", "jorch", *ARGUMENTS, "--process", place]
 
 
-def test_the_validator_sees_a_misspelt_field():
+def test_the_validators_see_a_misspelt_field():
     jobset = yaml.safe_load(kubernetes.manifest(ARGUMENTS, kubernetes.Cluster(**CLUSTER)))
     spec = jobset["spec"]["replicatedJobs"][0]["template"]["spec"]
     spec["template"]["spec"]["restartPolicies"] = "Never"
     job = {"apiVersion": "batch/v1", "kind": "Job", "metadata": {"name": "j"}, "spec": spec}
     with pytest.raises(kubernetes_validate.ValidationError):
         kubernetes_validate.validate(job, "1.31", strict=True)
+    jobset["spec"]["network"]["enableDnsHostnames"] = True
+    with pytest.raises(jsonschema.ValidationError, match="enableDnsHostnames"):
+        jsonschema.validate(jobset, JOBSET)
 
 
 @pytest.mark.parametrize(

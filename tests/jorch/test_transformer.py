@@ -11,6 +11,7 @@ from jax.sharding import AbstractMesh, AxisType
 
 from jorch.data.packing import pack
 from jorch.model.transformer import Qwen3
+from jorch.plan.job import PUBLISHED
 from jorch.sections import ModelConfig
 from jorch.sharding import MESH_AXES
 from jorch.train.logprobs import token_logprobs
@@ -152,33 +153,13 @@ def test_bfloat16_activations_follow_float32_ones(tiny, tiny_config):
     np.testing.assert_allclose(low, high, rtol=0, atol=2**-5 * np.abs(high).max())
 
 
-PUBLISHED = {
-    # Parameters as counted from the tensors that Qwen publishes, without the copy of a tied head.
-    "0.6B": (1024, 3072, 28, 16, 8, True, 596_049_920),
-    "1.7B": (2048, 6144, 28, 16, 8, True, 1_720_574_976),
-    "4B": (2560, 9728, 36, 32, 8, True, 4_022_468_096),
-    "8B": (4096, 12288, 36, 32, 8, False, 8_190_735_360),
-    "14B": (5120, 17408, 40, 40, 8, False, 14_768_307_200),
-    "32B": (5120, 25600, 64, 64, 8, False, 32_762_123_264),
-}
 MESHES = [(8, 1, 1, 1), (1, 8, 1, 1), (1, 1, 1, 8), (2, 2, 1, 2), (1, 2, 2, 2)]
 
 
 @pytest.mark.parametrize("size", PUBLISHED)
-def test_published_sizes_have_their_parameters_and_shard_over_eight_devices(size):
-    D, F, L, N, K, tied, num_params = PUBLISHED[size]
-    config = ModelConfig(
-        vocab_size=151936,
-        hidden_size=D,
-        intermediate_size=F,
-        num_hidden_layers=L,
-        num_attention_heads=N,
-        num_key_value_heads=K,
-        head_dim=128,
-        tie_word_embeddings=tied,
-    )
-    model = Qwen3(config)
-    assert model.num_params() == num_params
+def test_published_sizes_shard_over_eight_devices(size):
+    model = Qwen3(PUBLISHED[size])
+    num_params = model.num_params()
     for shape in MESHES:
         mesh = AbstractMesh(shape, MESH_AXES, axis_types=(AxisType.Auto,) * 4)
         places = jax.tree.leaves(model.shardings(mesh))

@@ -46,6 +46,8 @@ def test_every_case_is_printed_and_follows_from_the_formula(tmp_path, capsys, mo
         assert f"{t['tokens_per_s']:,.0f}" in printed
         available = t["median_s"] * PEAK_FLOPS["h100"]
         pairs = sum(n * (n + 1) / 2 for n in lengths[t["rows"]])
+        assert t["flops_per_s"] * t["median_s"] == pytest.approx(train_flops(config, 64, pairs, adapter))
+        assert t["flops_per_s_dense"] * t["median_s"] == pytest.approx(train_flops(config, 64, 64 * 64, adapter))
         assert t["mfu"] == pytest.approx(train_flops(config, 64, pairs, adapter) / available)
         assert t["mfu_dense"] == pytest.approx(train_flops(config, 64, 64 * 64, adapter) / available)
     for ours, theirs in zip(written["timings"][::2], written["timings"][1::2], strict=True):

@@ -193,9 +193,9 @@ def main(world: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixt
 
 
 def timeless(run_folder: Path) -> list[dict[str, Any]]:
-    """The metrics of a run without those that are times."""
+    """The metrics of a run without those that are times, or taken per second."""
     rows = read_jsonl(run_folder / "metrics.jsonl")
-    return [{key: value for key, value in row.items() if not key.startswith("time")} for row in rows]
+    return [{key: value for key, value in row.items() if not key.startswith(("time", "speed"))} for row in rows]
 
 
 def only_line(stderr: str) -> str:

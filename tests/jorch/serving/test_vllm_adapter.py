@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from jorch.export import adapter, hf
+from jorch.export.source import Held, flat_adapter
 from jorch.model.lora import LoraQwen3
 from jorch.model.transformer import Qwen3
 from jorch.sections import LoraConfig
@@ -33,7 +34,7 @@ def test_vllm_serves_the_adapter(tiny_config, random_params, qwen3_logits, tmp_p
     rng = np.random.default_rng(1)
     params = jax.tree.map(lambda x: jnp.asarray(rng.normal(0, 0.1, x.shape), x.dtype), model.abstract_params())
     hf.save(tmp_path / "base", base.config, frozen, tokenizer, {})
-    adapter.save(tmp_path / "adapter", lora, params, str(tmp_path / "base"))
+    adapter.save(tmp_path / "adapter", lora, Held(flat_adapter(params)), str(tmp_path / "base"))
 
     ids = rng.integers(4, 300, 60).tolist()
     further = ("--enable-lora", "--max-lora-rank", "8", "--lora-modules", f"tuned={tmp_path / 'adapter'}")
