@@ -164,7 +164,7 @@ def _request(
 ) -> Request:
     _, T, _, H = q.shape
     here = target()
-    block_q, block_k = (mask.block_q, mask.block_k) if isinstance(mask, TiledMask) else blocks(here, T)
+    block_q, block_k = (mask.block_q, mask.block_k) if isinstance(mask, TiledMask) else blocks(here, T)[:2]
     causal = isinstance(mask, str)
     return Request(T, H, str(q.dtype), causal, window, softcap, return_lse, block_q, block_k, here)
 
