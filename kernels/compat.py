@@ -14,9 +14,23 @@ TpuParams: Any = pltpu.CompilerParams
 PrefetchGrid: Any = pltpu.PrefetchScalarGridSpec
 VMEM: Any = pltpu.VMEM
 
+ASSEMBLER_REPORT = "MOSAIC_GPU_DUMP_PTXAS"
+"""Environment variable under which Mosaic GPU prints registers and spills of what it compiles."""
+
 _LOAD_INDEX = ((),) if "idx" in inspect.signature(plgpu.load).parameters else ()
 
-__all__ = ["VMEM", "PrefetchGrid", "Target", "TpuParams", "interpreted", "load", "pl", "plgpu", "target"]
+__all__ = [
+    "ASSEMBLER_REPORT",
+    "VMEM",
+    "PrefetchGrid",
+    "Target",
+    "TpuParams",
+    "interpreted",
+    "load",
+    "pl",
+    "plgpu",
+    "target",
+]
 
 
 def load(ref: Any, layout: Any) -> jax.Array:

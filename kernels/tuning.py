@@ -1,12 +1,14 @@
 """Block sizes of tiled attention: what the user measured, else what ships, else a rule of thumb.
 
-A file of block sizes is JSON, by device kind a list of [tokens, block_q, block_k], for rows of at least that length.
+A file of block sizes is JSON, by device kind a list of [tokens, block_q, block_k, stages], for rows of at least that
+length; `stages` may be left out, and only the Hopper gradients have them.
 `python -m kernels.tune` measures and writes one; nothing is ever measured inside a job.
 """
 
 import functools
 import json
 from pathlib import Path
+from typing import NamedTuple
 
 from kernels.compat import Target
 
@@ -15,8 +17,16 @@ SHIPPED_FILE = Path(__file__).with_name("kernel_blocks.json")
 LANES = 128
 
 
-def blocks(target: Target, num_tokens: int, files: tuple[Path, ...] = (USER_FILE, SHIPPED_FILE)) -> tuple[int, int]:
-    """(queries, keys) of a tile, for rows of `num_tokens` on a device.
+class Blocks(NamedTuple):
+    """Queries and keys of a tile, and how many halves of tiles the Hopper gradients keep under way."""
+
+    q: int
+    k: int
+    stages: int = 4
+
+
+def blocks(target: Target, num_tokens: int, files: tuple[Path, ...] = (USER_FILE, SHIPPED_FILE)) -> Blocks:
+    """Block sizes for rows of `num_tokens` on a device.
 
     Raises:
         ValueError: a file that holds something else than block sizes.
@@ -24,26 +34,27 @@ def blocks(target: Target, num_tokens: int, files: tuple[Path, ...] = (USER_FILE
     for file in files:
         fitting = [entry for entry in read(file).get(target.kind, ()) if entry[0] <= num_tokens]
         if fitting:
-            _, block_q, block_k = max(fitting)
-            return block_q, block_k
+            return max(fitting)[1]
     return rule_of_thumb(target, num_tokens)
 
 
-def rule_of_thumb(target: Target, num_tokens: int) -> tuple[int, int]:
+def rule_of_thumb(target: Target, num_tokens: int) -> Blocks:
     """What suits the kind of device, no more than the row needs."""
     if target.backend == "tpu":
         block = min(512, num_tokens + -num_tokens % LANES)
-        return block, block
-    return (128, 128) if target.backend == "gpu" else (256, 256)
+        return Blocks(block, block)
+    return Blocks(128, 128) if target.backend == "gpu" else Blocks(256, 256)
 
 
 @functools.cache
-def read(file: Path) -> dict[str, list[tuple[int, int, int]]]:
+def read(file: Path) -> dict[str, list[tuple[int, Blocks]]]:
     """The entries of a file, read once a process; none where there is no file."""
     if not file.exists():
         return {}
     try:
-        return {kind: [(int(t), int(q), int(k)) for t, q, k in entries] for kind, entries in _parsed(file).items()}
+        return {
+            kind: [(int(t), Blocks(*map(int, of))) for t, *of in entries] for kind, entries in _parsed(file).items()
+        }
     except (AttributeError, TypeError, ValueError):
         raise ValueError(
             f'{file}: not block sizes; must be JSON like {{"TPU v5 lite": [[8192, 512, 1024]]}}, tokens and the block '

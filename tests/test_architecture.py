@@ -180,7 +180,13 @@ def test_the_tool_server_and_the_kernels_stand_alone() -> None:
         f for f in IMPORTS if f.file.startswith("tools_server/") and f.name.split(".")[0] in ("jax", "jorch", "kernels")
     ]
     allowed = {*sys.stdlib_module_names, "jax", "numpy", "kernels"}
-    wrong += [f for f in IMPORTS if f.file.startswith("kernels/") and f.name.split(".")[0] not in allowed]
+    wrong += [
+        f
+        for f in IMPORTS
+        if f.file.startswith("kernels/")
+        and f.name.split(".")[0] not in allowed
+        and (f.file, f.name.split(".")[0]) != ("kernels/rivals.py", "tokamax")  # only measured beside ours
+    ]
     wrong += [
         f
         for f in IMPORTS

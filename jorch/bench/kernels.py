@@ -14,7 +14,7 @@ from rich.table import Table
 from jorch.metrics import stage
 from jorch.run_folder import atomic_write
 from jorch.versions import versions
-from kernels.bench import NUM_TIMINGS, Timing, measure, shapes_here
+from kernels.bench import NUM_TIMINGS, LeftOut, Timing, measure, shapes_here
 
 
 def run(json_path: Path | None, tokens: list[int] | None) -> None:
@@ -24,19 +24,26 @@ def run(json_path: Path | None, tokens: list[int] | None) -> None:
         shapes = shapes._replace(attention_tokens=tuple(tokens))
     if jax.default_backend() == "cpu":
         print("no accelerator here: small shapes on the CPU, which say nothing about a GPU or TPU")
-    timings = []
+    timings: list[Timing] = []
+    left_out: list[LeftOut] = []
     with stage("kernels") as progress:
-        for timing in measure(shapes):
-            timings.append(timing)
+        for found in measure(shapes):
+            if isinstance(found, LeftOut):
+                left_out.append(found)
+                continue
+            timings.append(found)
             progress.advance()
     device = f"{jax.devices()[0].device_kind}, {os.cpu_count()} CPU cores"
     print_table(timings, f"{device}, {shapes.dtype}, {datetime.date.today()}")
+    for line in reasons(left_out):
+        print(line)
     if json_path is not None:
         measured: dict[str, Any] = {"device": device, "date": datetime.date.today().isoformat()}
         measured |= {"versions": versions(), "shapes": shapes._asdict(), "num_timings": NUM_TIMINGS}
         measured["timings"] = [
             t.line._asdict() | {k: v for k, v in t._asdict().items() if k != "line"} for t in timings
         ]
+        measured["left_out"] = [line._asdict() for line in left_out]
         atomic_write(json_path, json.dumps(measured, indent=1) + "\n")
         plot(timings, device, json_path.with_suffix(".png"))
         print(f"written: {json_path}, {json_path.with_suffix('.png')}")
@@ -45,28 +52,38 @@ def run(json_path: Path | None, tokens: list[int] | None) -> None:
 def print_table(timings: list[Timing], device: str) -> None:
     """One row for each path of a case, its passes beside each other."""
     caption = (
-        "median ± half of the interquartile range; rates and scratch of both passes, dense eq. as if the row were "
-        f"causal\n{device}, {NUM_TIMINGS} timings each"
+        "median ± half of the interquartile range; rates, scratch and peak (with inputs and outputs) of both passes "
+        f"where there are two, dense eq. as if the row were causal\n{device}, {NUM_TIMINGS} timings each"
     )
     table = Table(caption=caption, caption_justify="left")
     for title in ("", "tokens", "path"):
         table.add_column(title, no_wrap=True)
-    for title in ("forward, ms", "backward, ms", "both, ms", "GFLOP/s", "dense eq.", "scratch, MB", "error"):
+    for title in (
+        "forward, ms",
+        "backward, ms",
+        "both, ms",
+        "GFLOP/s",
+        "dense eq.",
+        "scratch, MB",
+        "peak, MB",
+        "error",
+    ):
         table.add_column(title, justify="right")
     before = None
     for (case, num_tokens, path), passes in _rows(timings).items():
         if before not in (None, (case, num_tokens)):
             table.add_section()
-        before, both = (case, num_tokens), passes["both"]
+        before, last = (case, num_tokens), list(passes.values())[-1]
         table.add_row(
             case,
             f"{num_tokens:,}",
             path,
-            *(_milliseconds(passes[direction]) for direction in ("forward", "backward", "both")),
-            f"{both.visible_flops_s / 1e9:,.3g}",
-            f"{both.dense_flops_s / 1e9:,.3g}",
-            f"{both.scratch_bytes / 1e6:,.3g}",
-            f"{both.line.error:.0e}",
+            *(_milliseconds(passes.get(direction)) for direction in ("forward", "backward", "both")),
+            f"{last.visible_flops_s / 1e9:,.3g}",
+            f"{last.dense_flops_s / 1e9:,.3g}",
+            f"{last.scratch_bytes / 1e6:,.3g}",
+            f"{last.peak_bytes / 1e6:,.3g}",
+            f"{last.line.error:.0e}",
         )
     Console(width=None if sys.stdout.isatty() else 160).print(table)
 
@@ -79,7 +96,17 @@ def _rows(timings: list[Timing]) -> dict[tuple[str, int, str], dict[str, Timing]
     return rows
 
 
-def _milliseconds(timing: Timing) -> str:
+def reasons(left_out: list[LeftOut]) -> list[str]:
+    """What was not timed and why: one line for each path and reason, with the cases that it concerns."""
+    cases: dict[tuple[str, str], list[str]] = {}
+    for line in left_out:
+        cases.setdefault((line.path, line.reason), []).append(f"{line.case} {line.num_tokens:,}")
+    return [f"left out: {path}: {reason} ({', '.join(of)})" for (path, reason), of in cases.items()]
+
+
+def _milliseconds(timing: Timing | None) -> str:
+    if timing is None:
+        return "–"
     return f"{1e3 * timing.median_s:,.3g} ±{500 * (timing.q75_s - timing.q25_s):,.2g}"
 
 

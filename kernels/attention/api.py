@@ -123,10 +123,10 @@ def why(
     return f"{path}: {reason}"
 
 
-def serves(implementation: Implementation, q_BTNH: jax.Array | jax.ShapeDtypeStruct, mask: Mask) -> bool:
-    """Whether an implementation serves such queries under such a mask, here, without window or softcap."""
+def why_not(implementation: Implementation, q_BTNH: jax.Array | jax.ShapeDtypeStruct, mask: Mask) -> str | None:
+    """Why an implementation does not serve such queries under such a mask, without softcap; None where it does."""
     window = mask.window if isinstance(mask, TiledMask) else None
-    return refusal(implementation, _request(q_BTNH, mask, None, window, False)) is None
+    return refusal(implementation, _request(q_BTNH, mask, None, window, False))
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(4, 5, 6))
@@ -164,7 +164,7 @@ def _request(
 ) -> Request:
     _, T, _, H = q.shape
     here = target()
-    block_q, block_k = (mask.block_q, mask.block_k) if isinstance(mask, TiledMask) else blocks(here, T)
+    block_q, block_k = (mask.block_q, mask.block_k) if isinstance(mask, TiledMask) else blocks(here, T)[:2]
     causal = isinstance(mask, str)
     return Request(T, H, str(q.dtype), causal, window, softcap, return_lse, block_q, block_k, here)
 

@@ -31,7 +31,9 @@ _C = 64
 _PARTS = BLOCK // _C
 """The backward kernels stream a tile in halves: their accumulators leave no registers for whole ones."""
 
-_STAGES = 2
+_FORWARD_STAGES = 2
+"""Whole tiles under way in the forward pass: with heads of 128 shared memory has no room for a third."""
+
 _LOG2_E = math.log2(math.e)
 _INVISIBLE = 1e15
 """Minus this stands for the score of an invisible pair; its square is still a float32."""
@@ -55,6 +57,8 @@ class _Rule:
     num_groups: int
     dtype: Any
     head_dim: int
+    stages: int
+    """How much of what is streamed is in shared memory or on its way: tiles forward, halves of them backward."""
     interpreted: bool
 
     def laid_out(self, x: jax.Array, layout: Any) -> jax.Array:
@@ -125,20 +129,20 @@ def _across(x_R: jax.Array, shape: tuple[int, int], axis: int) -> jax.Array:
     return lax.broadcast_in_dim(x_R, shape, [axis])
 
 
-def _ring(num_steps: Any, free: Any, copy: Callable[[Any, Any], None]) -> None:
+def _ring(stages: int, num_steps: Any, free: Any, copy: Callable[[Any, Any], None]) -> None:
     """The copying warpgroup: `copy(step, slot)` for every step, each slot once both others have let go of it."""
     plgpu.set_max_registers(_COPY_REGISTERS, action="decrease")
 
     def wait(step: Any, _: None) -> None:
-        plgpu.barrier_wait(free.at[lax.rem(step, jnp.int32(_STAGES))])
+        plgpu.barrier_wait(free.at[lax.rem(step, jnp.int32(stages))])
 
     def fill(step: Any, _: None) -> None:
-        pl.when(step >= _STAGES)(lambda: wait(step, None))
-        copy(step, lax.rem(step, jnp.int32(_STAGES)))
+        pl.when(step >= stages)(lambda: wait(step, None))
+        copy(step, lax.rem(step, jnp.int32(stages)))
 
     lax.fori_loop(0, num_steps, fill, None)
     # The last slots too: a block must not end with its barriers under way.
-    lax.fori_loop(jnp.maximum(num_steps - _STAGES, 0), num_steps, wait, None)
+    lax.fori_loop(jnp.maximum(num_steps - stages, 0), num_steps, wait, None)
 
 
 def _store(smem: Any, x: jax.Array, gmem: Any) -> None:
@@ -163,7 +167,7 @@ def _forward_kernel(rule: _Rule, *refs: Any) -> None:
 
         def step(at: Any, carry: tuple) -> tuple:
             acc_RH, top_R, total_R = carry
-            slot, code = lax.rem(at, jnp.int32(_STAGES)), tiles[b, i, at]
+            slot, code = lax.rem(at, jnp.int32(rule.stages)), tiles[b, i, at]
             first_k = lax.shift_right_logical(code, jnp.int32(1)) * BLOCK
 
             def seen_RC() -> jax.Array:
@@ -205,7 +209,7 @@ def _forward_kernel(rule: _Rule, *refs: Any) -> None:
             plgpu.copy_gmem_to_smem(k.at[source], k_s.at[slot], k_ready.at[slot])
             plgpu.copy_gmem_to_smem(v.at[source], v_s.at[slot], v_ready.at[slot])
 
-        _ring(num_steps, free, copy)
+        _ring(rule.stages, num_steps, free, copy)
 
 
 def _load_rows(wg: Any, sources: tuple, kept: tuple, ready: Any) -> list[Any]:
@@ -236,7 +240,7 @@ def _dq_kernel(rule: _Rule, *refs: Any) -> None:
         delta_R = rule.load(delta.at[b, n, pl.ds(first_q, _R)], _OF_ROWS)
 
         def step(at: Any, dq_RH: jax.Array) -> jax.Array:
-            slot, first_k = lax.rem(at, jnp.int32(_STAGES)), first_key(at)
+            slot, first_k = lax.rem(at, jnp.int32(rule.stages)), first_key(at)
             full = lax.rem(tiles[b, i, lax.div(at, jnp.int32(_PARTS))], jnp.int32(2)) == 1
 
             def seen_RC() -> jax.Array:
@@ -264,7 +268,7 @@ def _dq_kernel(rule: _Rule, *refs: Any) -> None:
             plgpu.copy_gmem_to_smem(k.at[source], k_s.at[slot], ready.at[slot])
             plgpu.copy_gmem_to_smem(v.at[source], v_s.at[slot], ready.at[slot])
 
-        _ring(num_steps, free, copy)
+        _ring(rule.stages, num_steps, free, copy)
 
 
 def _dkv_kernel(rule: _Rule, *refs: Any) -> None:
@@ -290,7 +294,7 @@ def _dkv_kernel(rule: _Rule, *refs: Any) -> None:
 
         def step(at: Any, carry: tuple) -> tuple:
             dk_RH, dv_RH = carry
-            slot, (first_q, _, full) = lax.rem(at, jnp.int32(_STAGES)), source(at)
+            slot, (first_q, _, full) = lax.rem(at, jnp.int32(rule.stages)), source(at)
 
             def seen_RC() -> jax.Array:
                 end_RC = _across(rule.load(end.at[b, pl.ds(first_k, _R)], _OF_ROWS), shape, 0)
@@ -325,14 +329,14 @@ def _dkv_kernel(rule: _Rule, *refs: Any) -> None:
             for x, smem in ((lse, lse_s), (delta, delta_s)):
                 plgpu.copy_gmem_to_smem(x.at[b, head, pl.ds(first_q, _C)], smem.at[slot], ready.at[slot])
 
-        _ring(num_steps, free, copy)
+        _ring(rule.stages, num_steps, free, copy)
 
 
 def forward(
     q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, mask: TiledMask, scale: float, softcap: float | None
 ) -> tuple[jax.Array, jax.Array]:
     """Outputs [B, T, N, H] and log-sum-exp f32[B, T, N], as `reference.attention_with_lse`."""
-    rule = _rule(q_BTNH, k_BSKH, scale, softcap)
+    rule = _rule(q_BTNH, k_BSKH, _FORWARD_STAGES, scale, softcap)
     q, k, v = _padded(mask, q_BTNH, k_BSKH, v_BSKH)
     (B, S, N, H), T = q.shape, mask.num_tokens
     end_BS, k_lists, _ = _lists(mask)
@@ -343,13 +347,13 @@ def forward(
         (jax.ShapeDtypeStruct(q.shape, q.dtype), jax.ShapeDtypeStruct((B, N, S), jnp.float32)),
         [
             rule.shared(2, _R, H),
-            rule.shared(_STAGES, BLOCK, H),
-            rule.shared(_STAGES, BLOCK, H),
+            rule.shared(rule.stages, BLOCK, H),
+            rule.shared(rule.stages, BLOCK, H),
             plgpu.SMEM((2, _R), jnp.float32),
             plgpu.Barrier(num_barriers=2),
-            plgpu.Barrier(num_barriers=_STAGES),
-            plgpu.Barrier(num_barriers=_STAGES),
-            plgpu.Barrier(num_barriers=_STAGES, num_arrivals=2),
+            plgpu.Barrier(num_barriers=rule.stages),
+            plgpu.Barrier(num_barriers=rule.stages),
+            plgpu.Barrier(num_barriers=rule.stages, num_arrivals=2),
         ],
     )
     o_BSNH, lse_BNS = kernel(q, k, v, end_BS, *k_lists)
@@ -368,32 +372,32 @@ def backward(
     delta_BTN: jax.Array,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """The gradients of q, k and v in their dtypes, given that of the outputs; `delta` as in `gradient.py`."""
-    rule = _rule(q_BTNH, k_BSKH, scale, softcap)
+    rule = _rule(q_BTNH, k_BSKH, mask.stages, scale, softcap)
     # A row that sees nothing gets weights of 2 ** -1e15 = 0.
     lse_BTN = jnp.where(jnp.isfinite(lse_BTN), lse_BTN * _LOG2_E, _INVISIBLE)
     q, k, v, do = _padded(mask, q_BTNH, k_BSKH, v_BSKH, do_BTNH.astype(q_BTNH.dtype))
     numbers = [x[..., 0].swapaxes(1, 2) for x in _padded(mask, lse_BTN[..., None], delta_BTN[..., None])]
     (B, S, N, H), K, T = q.shape, k.shape[2], mask.num_tokens
     end_BS, k_lists, q_lists = _lists(mask)
-    rows, ring = [rule.shared(2, _R, H)] * 2, [rule.shared(_STAGES, _C, H)] * 2
+    rows, ring = [rule.shared(2, _R, H)] * 2, [rule.shared(rule.stages, _C, H)] * 2
     dq_type, dk_type = (jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (q, k))
 
     def barriers(num_copies: int) -> list:
-        ready = plgpu.Barrier(num_barriers=_STAGES, num_arrivals=num_copies)
-        free = plgpu.Barrier(num_barriers=_STAGES, num_arrivals=2)
+        ready = plgpu.Barrier(num_barriers=rule.stages, num_arrivals=num_copies)
+        free = plgpu.Barrier(num_barriers=rule.stages, num_arrivals=2)
         return [plgpu.Barrier(num_barriers=2, num_arrivals=2), ready, free]
 
     kernel = _kernel(rule, _dq_kernel, (B, N, S // BLOCK), (dq_type,), [*rows, *ring, *barriers(2)])
     (dq_BSNH,) = kernel(q, k, v, do, end_BS, *numbers, *k_lists)
-    scratch = [*rows, *ring, *[plgpu.SMEM((_STAGES, _C), jnp.float32)] * 2, *barriers(4)]
+    scratch = [*rows, *ring, *[plgpu.SMEM((rule.stages, _C), jnp.float32)] * 2, *barriers(4)]
     kernel = _kernel(rule, _dkv_kernel, (B, K, S // BLOCK), (dk_type, dk_type), scratch)
     dk_BSKH, dv_BSKH = kernel(q, k, v, do, end_BS, *numbers, *q_lists)
     return dq_BSNH[:, :T], dk_BSKH[:, :T], dv_BSKH[:, :T]
 
 
-def _rule(q_BTNH: jax.Array, k_BSKH: jax.Array, scale: float, softcap: float | None) -> _Rule:
+def _rule(q_BTNH: jax.Array, k_BSKH: jax.Array, stages: int, scale: float, softcap: float | None) -> _Rule:
     (N, H), K = q_BTNH.shape[2:], k_BSKH.shape[2]
-    return _Rule(scale, softcap, N // K, q_BTNH.dtype, H, interpreted())
+    return _Rule(scale, softcap, N // K, q_BTNH.dtype, H, stages, interpreted())
 
 
 def _kernel(rule: _Rule, body: Any, grid: tuple[int, int, int], out_type: Any, scratch_types: list) -> Any:

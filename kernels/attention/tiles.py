@@ -32,12 +32,13 @@ class TiledMask:
     window: int | None
     block_q: int
     block_k: int
+    stages: int  # halves of tiles that the Hopper gradients keep under way
 
 
 jax.tree_util.register_dataclass(
     TiledMask,
     data_fields=["end_BS", "depth_BS", "k_tiles_BIJ", "num_k_BI", "q_tiles_BJI", "num_q_BJ", "full_BIJ", "place_BI"],
-    meta_fields=["num_tokens", "window", "block_q", "block_k"],
+    meta_fields=["num_tokens", "window", "block_q", "block_k", "stages"],
 )
 
 
@@ -47,6 +48,7 @@ def tile(
     window: int | None = None,
     block_q: int | None = None,
     block_k: int | None = None,
+    stages: int | None = None,
     place_BI: jax.Array | None = None,
 ) -> TiledMask:
     """The tile lists of a mask i32[B, S].
@@ -55,14 +57,15 @@ def tile(
         window: a token sees at most this many tokens of its own path, itself included; None = all.
         block_q: queries of a tile; None = what suits the device (`kernels.tuning`).
         block_k: keys of a tile, likewise; one block size must be a multiple of the other.
+        stages: halves of tiles that the Hopper gradients keep under way; None likewise.
         place_BI: the query tiles at hand, by their place in the row; None = all of them in order.
 
     Raises:
         ValueError: block sizes that do not nest.
     """
     B, num_tokens = end_BS.shape
-    default_q, default_k = blocks(target(), num_tokens)
-    block_q, block_k = block_q or default_q, block_k or default_k
+    default = blocks(target(), num_tokens)
+    block_q, block_k, stages = block_q or default.q, block_k or default.k, stages or default.stages
     if max(block_q, block_k) % min(block_q, block_k):
         raise ValueError(f"block_q={block_q} and block_k={block_k}: one must be a multiple of the other")
     # Queries that only fill up a tile see nothing, whatever `end` says.
@@ -78,7 +81,7 @@ def tile(
         for of in (active_tiles, full_tiles)
     )
     lists = (*_lists(active_BIJ), *_lists(active_BIJ.swapaxes(1, 2)))
-    return TiledMask(end_BS, depth_BS, *lists, full_BIJ, place_BI, num_tokens, window, block_q, block_k)
+    return TiledMask(end_BS, depth_BS, *lists, full_BIJ, place_BI, num_tokens, window, block_q, block_k, stages)
 
 
 def active_tiles(end_BS: jax.Array, depth_BS: jax.Array, window: int | None, block_q: int, block_k: int) -> jax.Array:

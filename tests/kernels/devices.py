@@ -47,11 +47,17 @@ def tpu_races():
     return interpret_pallas_call.races.races_found
 
 
+@contextlib.contextmanager
+def for_one_of(devices):
+    """Programs that are traced inside are meant for the first of `devices`; gives where their arguments lie."""
+    mesh = Mesh(np.array(devices[:1]), ("all",), axis_types=(AxisType.Auto,))
+    with jax.set_mesh(mesh):
+        yield NamedSharding(mesh, PartitionSpec())
+
+
 def compile_for(devices, function, *shapes):
     """`function` compiled ahead of time for the first of `devices`, the shapes are (shape, dtype) pairs."""
-    mesh = Mesh(np.array(devices[:1]), ("all",), axis_types=(AxisType.Auto,))
-    place = NamedSharding(mesh, PartitionSpec())
-    with jax.set_mesh(mesh):
+    with for_one_of(devices) as place:
         arguments = [jax.ShapeDtypeStruct(shape, dtype, sharding=place) for shape, dtype in shapes]
         return jax.jit(function).trace(*arguments).lower().compile()
 

@@ -8,8 +8,11 @@ from jax.sharding import AxisType, Mesh
 
 from jorch.model.attention import packed_rows
 from jorch.sharding import MESH_AXES, sharding
+from kernels import tune
 from kernels.attention.api import attention
-from tests.kernels.devices import compile_for, tpu_devices
+from kernels.shapes import QWEN3_8B
+from kernels.tuning import Blocks
+from tests.kernels.devices import compile_for, for_one_of, tpu_devices
 
 pytestmark = pytest.mark.tpu_aot
 N, K = 32, 8
@@ -68,3 +71,10 @@ def test_every_device_of_a_mesh_attends_for_its_own_rows_and_heads():
     text = compiled.as_text()
     assert all(kernel in text for kernel in ("forward_kernel", "dq_kernel", "dkv_kernel"))
     assert "all-gather" not in text
+
+
+def test_the_tuner_prunes_what_exceeds_vmem():
+    with for_one_of(tpu_devices("v5e:2x2")) as place:
+        fits, too_large = (tune.compiled(8192, QWEN3_8B, Blocks(n, n), place) for n in (512, 2048))
+    assert fits.refusal is None
+    assert "vmem" in too_large.refusal.lower()

@@ -1,14 +1,21 @@
 """The report of `jorch bench kernels`: the table shows the numbers that were measured, the plot is an image."""
 
 from jorch.bench import kernels as kernel_bench
-from kernels.bench import Line, Timing
+from kernels.bench import LeftOut, Line, Timing
+from kernels.rivals import DIRECTIONS
 
 
 def timings():
     return [
-        Timing(Line("attention", "packed", path, 512, direction, 1e-6), s, 0.9 * s, 1.1 * s, 2e9, 8e9, 3_000_000)
-        for path, s in (("ours", 0.01), ("theirs", 0.05))
-        for direction in ("forward", "backward", "both")
+        Timing(
+            Line("attention", "packed", path, 512, direction, 1e-6), s, 0.9 * s, 1.1 * s, 2e9, 8e9, 3_000_000, 4_000_000
+        )
+        for path, s, directions in (
+            ("ours", 0.01, DIRECTIONS),
+            ("theirs", 0.05, DIRECTIONS),
+            ("half", 0.05, ("forward",)),
+        )
+        for direction in directions
     ]
 
 
@@ -18,8 +25,23 @@ def test_the_table_has_a_row_for_each_path(capsys):
         [cell.strip() for cell in line.split("│")[1:-1]] for line in capsys.readouterr().out.splitlines() if "│" in line
     ]
     assert rows == [
-        ["attention, packed", "512", path, *[f"{ms} ±{half}"] * 3, "2", "8", "3", "1e-06"]
-        for path, ms, half in (("ours", 10, 1), ("theirs", 50, 5))
+        ["attention, packed", "512", path, *times, "2", "8", "3", "4", "1e-06"]
+        for path, times in (("ours", ["10 ±1"] * 3), ("theirs", ["50 ±5"] * 3), ("half", ["50 ±5", "–", "–"]))
+    ]
+
+
+def test_what_is_left_out_is_said_once():
+    left_out = [
+        LeftOut("attention", case, path, n, reason)
+        for n, case, path, reason in (
+            (512, "packed", "jax's splash", "no TPU"),
+            (512, "packed", "tokamax", "not installed"),
+            (1024, "causal", "jax's splash", "no TPU"),
+        )
+    ]
+    assert kernel_bench.reasons(left_out) == [
+        "left out: jax's splash: no TPU (packed 512, causal 1,024)",
+        "left out: tokamax: not installed (packed 512)",
     ]
 
 
