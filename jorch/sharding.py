@@ -66,7 +66,10 @@ def sharding(mesh: Mesh, shape: tuple[int, ...], axes: tuple[str | None, ...]) -
             )
         for mesh_axis in mesh_axes:
             if mesh_axis in taken:
-                raise ValueError(f"axes {taken[mesh_axis]!r} and {axis!r} both lie on mesh axis {mesh_axis!r}")
+                raise ValueError(
+                    f"axes {taken[mesh_axis]!r} and {axis!r} (of size {size}) both lie on mesh axis {mesh_axis!r}; "
+                    "allowed: one of them, the other with an axis of its own or unsharded (None)"
+                )
             taken[mesh_axis] = axis
         spec.append(mesh_axes if mesh_axes else None)
     return NamedSharding(mesh, PartitionSpec(*spec))

@@ -18,6 +18,7 @@ import numpy as np
 from kernels.attention.api import attention, why_not
 from kernels.attention.mask import num_visible_pairs
 from kernels.attention.tiles import tile
+from kernels.attention.trial import MOST_ERROR, distance
 from kernels.logprob.api import linear_logprob
 from kernels.logprob.reference import log_probabilities
 from kernels.rivals import DENSE_BYTES, DIRECTIONS, Function, Path, rivals
@@ -26,9 +27,6 @@ from kernels.shapes import MASKS, QWEN3_8B, SMALL, Shapes
 NUM_TIMINGS = 20
 CHECKED_TOKENS = 1024
 """Checks compare with dense float32 arithmetic, for which longer rows have no memory."""
-
-MOST_ERROR = {"float32": 1e-5, "float16": 3e-3, "bfloat16": 2e-2}
-"""Relative L2 distance from float32 arithmetic that roundings of the dtype explain."""
 
 
 class Line(NamedTuple):
@@ -176,15 +174,10 @@ def _error(exact: Function, function: Function, *inputs_and_cotangent: jax.Array
     else:
         wanted, got = jax.jit(exact)(*exact_inputs), jax.jit(function)(*inputs)
     pairs = zip(jax.tree.leaves(got), jax.tree.leaves(wanted), strict=True)
-    distances = [_distance(np.asarray(x, np.float32), np.asarray(y)) for x, y in pairs]
+    distances = [distance(x, y) for x, y in pairs]
     most = MOST_ERROR[str(inputs[0].dtype)]
-    # So written that NaN fails too.
-    assert all(x < most for x in distances), f"a path is off by {max(distances):.1e}, more than {most}"
+    assert max(distances) < most, f"a path is off by {max(distances):.1e}, more than {most}"
     return max(distances)
-
-
-def _distance(x: np.ndarray, y: np.ndarray) -> float:
-    return float(np.linalg.norm(x - y) / np.linalg.norm(y))
 
 
 def _both(function: Function) -> Callable[..., tuple[jax.Array, tuple]]:

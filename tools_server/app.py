@@ -2,9 +2,9 @@
 
 import asyncio
 import contextlib
-import functools
 import os
 from collections.abc import AsyncIterator
+from functools import partial
 
 from aiohttp import web
 
@@ -12,7 +12,7 @@ from tools_server import openapi, session_routes
 from tools_server.authorisation import Capabilities, allow_server_only, allow_session, authorisation
 from tools_server.config import TOKEN_VARIABLE, ServerConfig
 from tools_server.errors import BadRequest, errors_as_json
-from tools_server.keys import CAPABILITIES, CONFIG, SESSIONS, opened_json, reply, settle
+from tools_server.keys import CAPABILITIES, CONFIG, SESSIONS, opened_json, reply, reply_each
 from tools_server.mcp_facade import McpFacade
 from tools_server.metrics import CONTENT_TYPE
 from tools_server.requests import read_items, read_object, to_records
@@ -20,7 +20,7 @@ from tools_server.sandbox.remote import PATH as PROGRAMS_PATH
 from tools_server.sandbox.remote import REQUEST_FIELDS, serve_program
 from tools_server.sessions import Sessions
 from tools_server.tool import hermes_text
-from tools_server.wire import API_VERSION, Call, ForkSession, OpenSession, to_json
+from tools_server.wire import API_VERSION, Call, ForkSession, OpenSession
 
 
 def make_app(config: ServerConfig) -> web.Application:
@@ -57,37 +57,34 @@ def make_app(config: ServerConfig) -> web.Application:
     return app
 
 
-async def open_sessions(request: web.Request) -> web.Response:
+async def open_sessions(request: web.Request) -> web.StreamResponse:
     allow_server_only(request)
     wanted = to_records(await read_items(request, "sessions"), "sessions", OpenSession)
     sessions = request.app[SESSIONS]
     sessions.admit_sessions(session.session_id for session in wanted)
-    opened = await settle(request, [sessions.open(session) for session in wanted])
-    return reply({"sessions": [opened_json(request, session) for session in opened]})
+    opening = [sessions.open(session) for session in wanted]
+    return await reply_each(request, "sessions", opening, partial(opened_json, request))
 
 
-async def fork_sessions(request: web.Request) -> web.Response:
+async def fork_sessions(request: web.Request) -> web.StreamResponse:
     allow_server_only(request)
     forks = to_records(await read_items(request, "forks"), "forks", ForkSession)
     sessions = request.app[SESSIONS]
     sessions.admit_sessions(fork.new_session_id for fork in forks)
-    opened = await settle(request, [sessions.fork(fork) for fork in forks])
-    return reply({"sessions": [opened_json(request, session) for session in opened]})
+    opening = [sessions.fork(fork) for fork in forks]
+    return await reply_each(request, "sessions", opening, partial(opened_json, request))
 
 
-async def call_tools(request: web.Request) -> web.Response:
-    """Answers when the slowest call of the batch has its result."""
+async def call_tools(request: web.Request) -> web.StreamResponse:
     calls = to_records(await read_items(request, "calls"), "calls", Call)
     for call in calls:
         allow_session(request, call.session_id)
-    results = await session_routes.answer_calls(request, calls)
-    return reply({"results": [to_json(result) for result in results]})
+    return await reply_each(request, "results", session_routes.accept_calls(request, calls))
 
 
-async def finish_sessions(request: web.Request) -> web.Response:
+async def finish_sessions(request: web.Request) -> web.StreamResponse:
     names = await _own_sessions(request)
-    records = await settle(request, [request.app[SESSIONS].finish(name) for name in names])
-    return reply({"records": [to_json(record) for record in records]})
+    return await reply_each(request, "records", [request.app[SESSIONS].finish(name) for name in names])
 
 
 async def renew_leases(request: web.Request) -> web.Response:
@@ -155,7 +152,7 @@ def _add_mcp(app: web.Application) -> None:
     with contextlib.suppress(ImportError):
         facade = McpFacade(app[SESSIONS].toolbox)
         app.router.add_post("/mcp", facade.handle)
-        app.cleanup_ctx.append(functools.partial(_run_facade, facade))
+        app.cleanup_ctx.append(partial(_run_facade, facade))
 
 
 async def _run_facade(facade: McpFacade, app: web.Application) -> AsyncIterator[None]:

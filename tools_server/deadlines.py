@@ -5,8 +5,9 @@ ended and cleaned up by the code that started it.
 """
 
 import asyncio
+import contextlib
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 
@@ -40,13 +41,13 @@ class Deadlines:
         for call in list(self._limits):
             self.cut(call)
 
-    async def wait(self, calls: Sequence[asyncio.Future[Any]]) -> None:
-        """Until all have their results. Cancelled when the client disconnects: then they may soon be cut."""
+    @contextlib.contextmanager
+    def awaited(self, calls: Sequence[asyncio.Future[Any]]) -> Iterator[None]:
+        """A block in which a client waits for their results. When it disconnects they may soon be cut."""
         self._waiting.update(calls)
         try:
-            if calls:
-                await asyncio.wait(calls)
-        except asyncio.CancelledError:
+            yield
+        except (asyncio.CancelledError, ConnectionError):
             asyncio.get_running_loop().call_later(self._abandon_s, self._cut_abandoned, calls)
             raise
         finally:

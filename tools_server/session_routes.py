@@ -8,14 +8,15 @@ from tools_server.authorisation import allow_server_only, allow_session
 from tools_server.errors import BadRequest
 from tools_server.keys import SESSIONS, opened_json, reply, settle
 from tools_server.requests import read_items, read_object, to_integer, to_record
+from tools_server.session import Answer
 from tools_server.wire import Call, CallResult, ForkSession, OpenSession, to_json
 
 
-async def answer_calls(request: web.Request, calls: list[Call]) -> list[CallResult]:
+def accept_calls(request: web.Request, calls: list[Call]) -> list[Answer[CallResult]]:
     """In the order of `calls`. Raises Busy before any of them is accepted."""
     sessions = request.app[SESSIONS]
     sessions.admit_calls(len(calls))
-    return await settle(request, [sessions.call(call) for call in calls])
+    return [sessions.call(call) for call in calls]
 
 
 async def open_one(request: web.Request) -> web.Response:
@@ -31,7 +32,7 @@ async def open_one(request: web.Request) -> web.Response:
 async def call_one(request: web.Request) -> web.Response:
     name = _own_session(request)
     call = await read_object(request, "call_id", "name", "arguments", "deadline_s")
-    [result] = await answer_calls(request, [to_record(call | {"session_id": name}, "call", Call)])
+    [result] = await settle(request, accept_calls(request, [to_record(call | {"session_id": name}, "call", Call)]))
     return reply(to_json(result))
 
 
@@ -43,7 +44,7 @@ async def call_batch(request: web.Request) -> web.Response:
         if not isinstance(item, dict) or "session_id" in item:
             raise BadRequest(f"calls[{i}]: expected an object without session_id")
         calls.append(to_record(item | {"session_id": name}, f"calls[{i}]", Call))
-    return reply({"results": [to_json(result) for result in await answer_calls(request, calls)]})
+    return reply({"results": [to_json(result) for result in await settle(request, accept_calls(request, calls))]})
 
 
 async def renew_lease(request: web.Request) -> web.Response:

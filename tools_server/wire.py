@@ -31,6 +31,9 @@ which may call its tools, keep its lease and finish it; but not fork it, take ca
 its verdict are not its own to undo. 401: a wrong token; 403: a token that may not. 429: a cap is reached, nothing was
 accepted, the header Retry-After says when to try again.
 
+With `Accept: application/x-ndjson` the answers of slow tools to POST /v1/sessions, calls, forks and finish come line by
+line instead, each as soon as it is there: {"0": CallResult, "3": CallResult}, by position in the request.
+
 All POSTs are idempotent: opening a session again or repeating a call_id returns the first answer, and
 finishing twice returns the stored record, so a client may retry after any network failure. Calls whose client has gone
 are ended (`cancelled`) unless it asks for them again within the server's `abandon_s`.
@@ -40,6 +43,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 API_VERSION = 1
+STREAM = "application/x-ndjson"
 MAX_ITEMS = 512
 """Items of one request."""
 

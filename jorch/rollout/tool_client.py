@@ -1,9 +1,10 @@
 """The rollout driver's side of the tool server: coalesced requests, time limits, retries.
 
 Calls made in the same event-loop tick travel in one request, so hundreds of concurrent trajectories need few
-connections. Every request may be repeated (`tools_server/wire.py`), so a network failure is retried with
-exponential back-off; when that is spent, `ToolServerDown` names the address and the last failure. A server that has
-no room (HTTP 429) has accepted nothing: its `Retry-After` is kept, and a batch of several goes again in two halves.
+connections. Its answers come as they are ready: none waits for a slower one. Every request may be repeated
+(`tools_server/wire.py`), so a network failure is retried with exponential back-off; when that is spent,
+`ToolServerDown` names the address and the last failure. A server that has no room (HTTP 429) has accepted nothing: its
+`Retry-After` is kept, and a batch of several goes again in two halves.
 """
 
 import asyncio
@@ -13,6 +14,7 @@ import os
 import random
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any, NamedTuple, Self
 
 import aiohttp
@@ -20,6 +22,7 @@ import aiohttp
 from tools_server.wire import (
     API_VERSION,
     MAX_ITEMS,
+    STREAM,
     Call,
     CallResult,
     OpenSession,
@@ -151,11 +154,13 @@ class ToolClient:
     async def _exchange(self, endpoint: _Endpoint, batch: _Queue) -> None:
         """Send one batch and give every waiter its own answer, or its own copy of the failure."""
         try:
-            payload = await self._request(
-                "POST", endpoint.path, {endpoint.items: [endpoint.encode(item) for item, _ in batch]}, len(batch) > 1
-            )
-            records = [endpoint.decode(**record) for record in payload[endpoint.answers]]
-            assert len(records) == len(batch), (endpoint.path, len(records), len(batch))
+            items = {endpoint.items: [endpoint.encode(item) for item, _ in batch]}
+            payload = await self._request("POST", endpoint.path, items, len(batch) > 1, partial(_give, endpoint, batch))
+            if payload is not None:
+                records = payload[endpoint.answers]
+                assert len(records) == len(batch), (endpoint.path, len(records), len(batch))
+                _give(endpoint, batch, dict(enumerate(records)))
+            assert all(answer.done() for _, answer in batch), endpoint.path
         except _NoRoom:
             try:
                 await self._exchange(endpoint, batch[: len(batch) // 2])
@@ -172,28 +177,32 @@ class ToolClient:
                 if not answer.done():
                     answer.set_exception(type(error)(*error.args))
                     answer.exception()  # counts as read: a waiter cancelled by now never will, and asyncio would log it
-        else:
-            for (_, answer), record in zip(batch, records, strict=True):
-                if not answer.done():
-                    answer.set_result(record)
 
     async def _request(
-        self, method: str, path: str, payload: dict[str, Any] | None = None, divisible: bool = False
-    ) -> dict[str, Any]:
+        self,
+        method: str,
+        path: str,
+        payload: dict[str, Any] | None = None,
+        divisible: bool = False,
+        give: Callable[[dict[int, Any]], None] | None = None,
+    ) -> Any:
         """The answer's JSON object, after as many attempts as it takes and `retries` allow; waits for room are none.
+
+        None where all has gone to `give`, by position and in pieces; after a failure half-way some of it twice.
 
         Raises _NoRoom where the server is full and the request is `divisible`.
         """
         body = None if payload is None else json.dumps(payload).encode()
+        headers = {"Content-Type": "application/json", "Accept": f"{STREAM}, application/json" if give else "*/*"}
         failure, attempt, full_since_s = "", 0, None
         while attempt <= self._retries:
             if attempt:
                 await asyncio.sleep(BACKOFF_S * 2 ** (attempt - 1))
             attempt += 1
             try:
-                async with self._http.request(
-                    method, self.url + path, data=body, headers={"Content-Type": "application/json"}
-                ) as response:
+                async with self._http.request(method, self.url + path, data=body, headers=headers) as response:
+                    if give and response.status == 200 and response.content_type == STREAM:
+                        return await _read_lines(response, give)
                     status, text = response.status, await response.read()
                     wait_s = _seconds(response.headers.get("Retry-After", ""))
             except TimeoutError:
@@ -225,6 +234,22 @@ class ToolClient:
             return json.loads(text)
         except ValueError:
             raise ValueError(f"{self.url} is no tool server: {path} did not answer with JSON") from None
+
+
+def _give(endpoint: _Endpoint, batch: _Queue, records: dict[int, Any]) -> None:
+    """Hand records to their waiters, by position in the batch."""
+    for position, record in records.items():
+        answer = batch[position][1]
+        if not answer.done():
+            answer.set_result(endpoint.decode(**record))
+
+
+async def _read_lines(response: aiohttp.ClientResponse, give: Callable[[dict[int, Any]], None]) -> None:
+    rest = b""
+    async for piece in response.content.iter_any():
+        *lines, rest = (rest + piece).split(b"\n")
+        for line in lines:
+            give({int(position): record for position, record in json.loads(line).items()})
 
 
 def _seconds(retry_after: str) -> float:

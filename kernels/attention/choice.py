@@ -2,9 +2,11 @@
 
 import functools
 import logging
-from typing import Literal, NamedTuple, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
-from kernels.attention import pallas_mosaic_gpu, pallas_tpu
+import jax
+
+from kernels.attention import pallas_mosaic_gpu, pallas_tpu, trial
 from kernels.compat import Target
 
 Implementation = Literal["auto", "reference", "xla_chunked", "cudnn", "pallas_tpu", "pallas_mosaic_gpu"]
@@ -114,11 +116,22 @@ def choose(implementation: Implementation, request: Request) -> tuple[Implementa
         return "reference", f"rows of {request.num_tokens} tokens are at most one tile of {SHORT_TOKENS}"
     refused = ""
     for path, reason in _FAST[request.target.backend]:
-        against = refusal(path, request)
+        against = refusal(path, request) or _fault(path, request)
         if not against:
             return path, reason
         refused += f"; not {path}: {against}"
     return "xla_chunked", f"it skips invisible tiles on any device{refused}"
+
+
+_TRIED: dict[str, Any] = {"pallas_tpu": pallas_tpu, "pallas_mosaic_gpu": pallas_mosaic_gpu}
+"""Paths that `auto` only takes where they compute what the reference does: kernels of our own, close to the machine."""
+
+
+def _fault(path: Implementation, request: Request) -> str | None:
+    """What a trial on this device has against a path; nothing where the program is meant for another device."""
+    if path not in _TRIED or request.target.kind != jax.local_devices()[0].device_kind:
+        return None
+    return trial.fault(_TRIED[path], request.head_dim, request.dtype, request.softcap, request.block_q, request.block_k)
 
 
 _FAST: dict[str, list[tuple[Implementation, str]]] = {

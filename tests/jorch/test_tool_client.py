@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import gc
+import json
 import os
 import signal
 import socket
@@ -18,6 +19,7 @@ from jorch.rollout.tool_client import ToolClient, ToolServerDown
 from tools_server.app import make_app
 from tools_server.config import ServerConfig
 from tools_server.keys import SESSIONS
+from tools_server.session import Session
 from tools_server.wire import Call, OpenSession
 
 PROFILE = {
@@ -124,6 +126,73 @@ def test_many_trajectories_play_through_few_requests():
     assert {(record.outcome, record.cost_usd) for record in records} == {(1.0, 0.002)}
     assert paths.count("/v1/sessions") == 2  # 600 in one tick, at most 512 in a request
     assert len(paths) == 1 + 4 * 2
+
+
+def test_no_call_waits_for_a_slower_one_of_the_same_tick():
+    slow = PROFILE | {"latency_s": 60.0}
+    app = make_app(ServerConfig.model_validate({"experts": {"e": PROFILE, "slow": slow}, "time_scale": 0.01}))
+    num_requests = 0
+
+    @web.middleware
+    async def count(request, handler):
+        nonlocal num_requests
+        num_requests += request.path == "/v1/calls"
+        return await handler(request)
+
+    app.middlewares.append(count)
+
+    async def main():
+        async with serving(app) as url, ToolClient(url, timeout_s=30, retries=0) as client:
+            for name, expert in (("a", "slow"), ("b", "e"), ("c", "e")):
+                await client.open(OpenSession(name, "experts", SETUP | {"model_mapping": {"search-1": expert}}))
+            calls = [Call(name, "0", "search", {"model": "search-1"}) for name in "abc"]
+            late, *early = [asyncio.create_task(client.call(call)) for call in calls]
+            found = await asyncio.gather(*early)
+            assert not late.done()
+            return [await late, *found]
+
+    results = asyncio.run(main())
+    assert [(r.session_id, r.latency_s) for r in results] == [("a", 60.0), ("b", 1.0), ("c", 1.0)]
+    assert num_requests == 1
+
+
+def test_answers_that_came_before_a_connection_broke_are_kept_and_the_others_asked_for_again():
+    zero = {"outcome": 0.0, "cost_usd": 0.0, "latency_s": 0.0, "tool_counts": {}}
+
+    async def break_off(request):
+        response = web.StreamResponse(headers={"Content-Type": "application/x-ndjson"})
+        await response.prepare(request)
+        await response.write(json.dumps({"1": {"session_id": "first answer", **zero}}).encode() + b'\n{"0": {"sess')
+        await asyncio.sleep(0.05)
+        request.transport.abort()
+        return response
+
+    _, records = finish_against(misbehaving(break_off, finish_properly))
+    assert [record.session_id for record in records] == ["a", "first answer"]
+
+
+def test_a_failure_after_the_first_answers_is_told_to_its_waiter_alone(monkeypatch):
+    slow = PROFILE | {"latency_s": 40.0}
+    app = make_app(ServerConfig.model_validate({"experts": {"e": PROFILE, "slow": slow}, "time_scale": 0.01}))
+    book = Session._book
+
+    def fail_for_b(session, call, observation):
+        if call.session_id == "b":
+            raise RuntimeError("a bug")
+        return book(session, call, observation)
+
+    monkeypatch.setattr(Session, "_book", fail_for_b)
+
+    async def main():
+        async with serving(app) as url, ToolClient(url, timeout_s=10, retries=1) as client:
+            for name, expert in (("a", "e"), ("b", "slow")):
+                await client.open(OpenSession(name, "experts", SETUP | {"model_mapping": {"search-1": expert}}))
+            calls = [Call(name, "0", "search", {"model": "search-1"}) for name in "ab"]
+            return await asyncio.gather(*map(client.call, calls), return_exceptions=True)
+
+    found, failed = asyncio.run(main())
+    assert found.content == "documents"
+    assert "(2 attempts at /v1/calls): HTTP 500: RuntimeError: a bug" in str(failed)
 
 
 def test_a_full_server_is_waited_for():

@@ -13,7 +13,7 @@ from jorch.data.packing import pack
 from jorch.model.transformer import Qwen3
 from jorch.plan.job import PUBLISHED
 from jorch.sections import ModelConfig
-from jorch.sharding import MESH_AXES
+from jorch.sharding import MESH_AXES, sharding
 from jorch.train.logprobs import token_logprobs
 from jorch.types import PackedBatch, Sample
 from kernels.attention.api import why
@@ -188,3 +188,11 @@ def test_a_size_that_does_not_divide_is_refused():
         match=r"axis 'embed' of size 12 does not divide over mesh axes \('fsdp',\) of size 8; allowed: 1, 2, 3, 4, 6$",
     ):
         model.shardings(mesh)
+
+
+def test_two_axes_of_an_array_on_one_mesh_axis_are_refused():
+    mesh = AbstractMesh((1, 2, 1, 2), MESH_AXES, axis_types=(AxisType.Auto,) * 4)
+    with pytest.raises(
+        ValueError, match=r"axes 'heads' and 'mlp' \(of size 8\) both lie on mesh axis 'tensor'; allowed:"
+    ):
+        sharding(mesh, (4, 8), ("heads", "mlp"))
