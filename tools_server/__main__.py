@@ -8,7 +8,6 @@ import argparse
 import asyncio
 import contextlib
 import errno
-import gc
 import importlib
 import ipaddress
 import logging
@@ -89,8 +88,6 @@ async def serve(config: ServerConfig, exit_with_parent: bool) -> None:
     try:
         await runner.setup()
         await _listen(runner, config)
-        gc.collect()
-        gc.freeze()  # what is there now stays: the collector need not look at it, with calls waiting, again and again
         host, port = runner.addresses[0][:2]
         print(f"tools-server ready http://{f'[{host}]' if ':' in host else host}:{port}", flush=True)
         await stop.wait()
