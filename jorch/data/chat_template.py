@@ -11,8 +11,8 @@ COMPACT = (
     "{{- '<|im_start|>' + message.role + '\\n' + (message.content or '') }}"
     "{%- for call in message.tool_calls or [] %}"
     "{%- set function = call.function or call %}"
-    '{{- \'<tool_call>{"name": "\' + function.name + \'", "arguments": \' }}'
-    "{{- function.arguments if function.arguments is string else function.arguments | tojson }}"
+    '{{- \'<tool_call>{"name":"\' + function.name + \'","arguments":\' }}'
+    "{{- function.arguments if function.arguments is string else function.arguments | tojson(separators=(',', ':')) }}"
     "{{- '}</tool_call>' }}"
     "{%- endfor %}"
     "{{- '<|im_end|>\\n' }}"
@@ -20,4 +20,7 @@ COMPACT = (
     "{%- endfor %}"
     "{%- if add_generation_prompt %}{{- '<|im_start|>assistant\\n' }}{%- endif %}"
 )
-"""Messages with `tool` roles and `tool_calls` as the OpenAI API has them; without the tools' JSON, as in training."""
+"""Messages with `tool` roles and `tool_calls` as the OpenAI API has them; without the tools' JSON, as in training.
+
+Calls have no spaces between their tokens, as the quickstart's base writes them. `tojson` is transformers' filter.
+"""
