@@ -29,6 +29,7 @@ ABOUT = {
     "bench": "measure where the time of a training step goes, or the kernels",
 }
 _DTYPES = ("float32", "bfloat16")
+_SERVING = ("export", "push", "client", "async")
 RESUMABLE = ("sft", "rl", "launch")
 
 
@@ -114,10 +115,11 @@ def _plain_parser(command: str) -> argparse.ArgumentParser:
     else:
         what = (
             "loop: an RL step of the quickstart's model; kernels: attention and log-probabilities; "
-            "checkpoint: saving and restoring 1.2 GB in the working folder, with OCDBT and without; train: a train "
-            "step in the shape of Qwen3-8B (small on a CPU), beside the same with jax.nn.dot_product_attention"
+            "checkpoint: saving and restoring 1.5 GB in the working folder, with OCDBT and without; train: a train "
+            "step in the shape of Qwen3-8B (small on a CPU), beside the same with jax.nn.dot_product_attention; "
+            "serving: exports, weight pushes and the rollout client with vLLM, and asynchronous training"
         )
-        parser.add_argument("what", choices=["loop", "kernels", "checkpoint", "train"], help=what)
+        parser.add_argument("what", choices=["loop", "kernels", "checkpoint", "train", "serving"], help=what)
         parser.add_argument("--json", type=Path, metavar="FILE", help="write the numbers there as well")
         parser.add_argument(
             "--tokens",
@@ -129,6 +131,8 @@ def _plain_parser(command: str) -> argparse.ArgumentParser:
         )
         layers = "train: of the 36 (default: 2 on a CPU, else 4, and with --lora all)"
         parser.add_argument("--layers", type=_positive, metavar="L", help=layers)
+        only = "serving: parts to measure (default: all)"
+        parser.add_argument("--only", choices=_SERVING, nargs="+", default=_SERVING, metavar="PART", help=only)
         parser.add_argument("--lora", action="store_true", help="train: an adapter of rank 16 on frozen weights")
         remat = "train: what the backward pass recomputes (default: full)"
         parser.add_argument("--remat", choices=get_args(sections.Remat), default="full", help=remat)

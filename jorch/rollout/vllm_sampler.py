@@ -24,7 +24,7 @@ BACKOFF_S = 0.2
 """Before the first further attempt; doubled before each other one, up to 5 s."""
 _MAX_BACKOFF_S = 5.0
 _MODEL = "policy"
-_PATH = "/inference/v1/generate"
+GENERATE_PATH = "/inference/v1/generate"
 
 Write = Callable[[Any, int], Path]
 """(params, policy version) -> a folder with them that the servers can read."""
@@ -117,7 +117,7 @@ class VllmSampler:
         deadline_s = loop.time() + self._timeout_s
         while self._in_flight and loop.time() < deadline_s:
             url = self._server_of(request.trajectory_id)
-            body, path = self._body(request, sampled, limit), _PATH
+            body, path = self.body(request, sampled, limit), GENERATE_PATH
             if url in self._without_tokens:
                 body, path = vllm_completions.to_completions(body, url), vllm_completions.PATH
             self._in_flight[url] += 1
@@ -134,10 +134,10 @@ class VllmSampler:
                     self._in_flight[url] -= 1
             if status == 200:
                 choice = json.loads(text)["choices"][0]
-                if path == _PATH:
+                if path == GENERATE_PATH:
                     return choice
                 return vllm_completions.to_choice(choice, body["cache_salt"], url)
-            if status in (403, 404) and path == _PATH:
+            if status in (403, 404) and path == GENERATE_PATH:
                 self._without_tokens.add(url)
                 continue
             if 400 <= status < 500:
@@ -155,7 +155,8 @@ class VllmSampler:
             f"no vLLM server answered {request.trajectory_id} ({', '.join(self.urls)}): {self._last_failure}"
         )
 
-    def _body(self, request: CompletionRequest, sampled: list[int], limit: int) -> dict[str, Any]:
+    def body(self, request: CompletionRequest, sampled: list[int], limit: int) -> dict[str, Any]:
+        """What a server is asked for: at most `limit` tokens after the prompt and what was `sampled` already."""
         return {
             "model": _MODEL,
             "token_ids": [*request.prompt_token_ids.tolist(), *sampled],
