@@ -1,7 +1,8 @@
 """A `Sampler` over vLLM servers: token ids in, token ids and the log-probabilities they were drawn with out.
 
 A trajectory stays with one server, whose prefix cache knows its earlier turns; new ones go where the fewest requests
-are under way. A server that is lost or busy hands its requests to the others.
+are under way: ours, and what the servers' metrics count beyond them. A server that is lost or busy hands its requests
+to the others.
 """
 
 import asyncio
@@ -15,7 +16,7 @@ from typing import Any
 import aiohttp
 import numpy as np
 
-from jorch.rollout import vllm_completions
+from jorch.rollout import server_load, vllm_completions
 from jorch.rollout.stats import SamplerStats
 from jorch.sections import SamplerConfig
 from jorch.types import Completion, CompletionRequest
@@ -54,6 +55,7 @@ class VllmSampler:
         self.max_context_tokens = self.config.max_context_tokens
         self._timeout_s = self.config.vllm.request_timeout_s
         self._in_flight = dict.fromkeys(self.urls, 0)
+        self._num_others = dict.fromkeys(self.urls, 0)
         self._home: dict[str, str] = {}
         self._without_tokens: set[str] = set()
         self._last_failure = "none was tried"
@@ -61,7 +63,13 @@ class VllmSampler:
     @asynccontextmanager
     async def connected(self) -> AsyncIterator[None]:
         async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0)) as self._session:
-            yield
+            watching = [asyncio.create_task(self._watch(url)) for url in self.urls if len(self.urls) > 1]
+            try:
+                yield
+            finally:
+                for task in watching:
+                    task.cancel()
+                await asyncio.gather(*watching, return_exceptions=True)
 
     def expect(self, trajectory_ids: Sequence[str]) -> None:
         """vLLM batches by itself."""
@@ -190,11 +198,20 @@ class VllmSampler:
         if not healthy:
             self._drop(url, self._last_failure)
 
+    async def _watch(self, url: str) -> None:
+        """Requests of other clients at a server, and of ours that it has not noticed to be over."""
+        while url in self._in_flight:
+            found = await server_load.num_requests(self._session, url)
+            if found is not None:
+                self._num_others[url] = max(0, found - self._in_flight.get(url, 0))
+            await asyncio.sleep(server_load.PERIOD_S)
+
     def _server_of(self, trajectory_id: str) -> str:
         url = self._home.get(trajectory_id)
         if url not in self._in_flight:
             # A copy: a push in another thread may take one out meanwhile.
-            url = self._home[trajectory_id] = min(dict(self._in_flight).items(), key=lambda item: item[1])[0]
+            load = {url: ours + self._num_others[url] for url, ours in dict(self._in_flight).items()}
+            url = self._home[trajectory_id] = min(load, key=load.__getitem__)
         return url
 
     def _drop(self, url: str, problem: str) -> None:

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from aiohttp import web
 
-from jorch.rollout import vllm_sampler
+from jorch.rollout import server_load, vllm_sampler
 from jorch.rollout.vllm_sampler import SamplerDown, VllmSampler
 from jorch.sections import SamplerConfig, VllmConfig
 from jorch.types import CompletionRequest
@@ -39,6 +39,7 @@ class Server:
 
     def __init__(self, *script, healthy=True):
         self.script, self.healthy, self.bodies, self.completion_bodies = list(script), healthy, [], []
+        self.num_requests: tuple[int, int] | None = None
         self.completion = {"token_ids": [5, STOP], "logprobs": {"token_logprobs": [-0.5, -0.25]}}
 
     async def generate(self, request):
@@ -53,6 +54,18 @@ class Server:
 
     async def health(self, request):
         return web.Response(status=200 if self.healthy else 503)
+
+    async def metrics(self, request):
+        if self.num_requests is None:
+            return web.Response(status=404)
+        running, waiting = self.num_requests
+        lines = (
+            "# TYPE vllm:num_requests_running gauge",
+            f'vllm:num_requests_running{{engine="0",model_name="policy"}} {float(running)}',
+            f'vllm:num_requests_waiting{{engine="0",model_name="policy"}} {float(waiting)}',
+            'vllm:num_requests_waiting_by_reason{engine="0",reason="capacity"} 99.0',
+        )
+        return web.Response(text="\n".join(lines) + "\n")
 
 
 def fine(request):
@@ -74,7 +87,7 @@ async def serving(*servers):
     for server in servers:
         app = web.Application()
         app.add_routes([web.post("/inference/v1/generate", server.generate), web.get("/health", server.health)])
-        app.add_routes([web.post("/v1/completions", server.completions)])
+        app.add_routes([web.post("/v1/completions", server.completions), web.get("/metrics", server.metrics)])
         runner = web.AppRunner(app)
         await runner.setup()
         site = web.TCPSite(runner, "127.0.0.1", 0)
@@ -248,3 +261,28 @@ def test_servers_that_refuse_weights_get_no_more_work():
     problems["http://b"] = "gone"
     with pytest.raises(SamplerDown, match="no vLLM server took the weights of version 5: gone"):
         sampler.publish(None, 5)
+
+
+@pytest.mark.parametrize(("reported", "shares"), [((6, 4), (0, 10)), (None, (5, 5)), ((0, 0), (5, 5))])
+def test_what_others_ask_of_a_server_counts(reported, shares, monkeypatch):
+    """Ten requests at once, on two servers of which the first says that it has ten of other clients."""
+    monkeypatch.setattr(server_load, "PERIOD_S", 0.02)
+
+    async def slowly(request):
+        await asyncio.sleep(0.2)
+        return fine(request)
+
+    busy, idle = Server(slowly), Server(slowly)
+    busy.num_requests, idle.num_requests = reported, (0, 0)
+
+    async def run():
+        async with serving(busy, idle) as urls:
+            config = SamplerConfig(max_context_tokens=CONTEXT, vllm=VllmConfig())
+            sampler = VllmSampler(config, urls, STOP, write, lambda folder, version, urls: {})
+            async with sampler.connected():
+                await asyncio.sleep(0.3)
+                asked = [CompletionRequest(f"t{i}", np.array([1, 2], np.int32), 4, 1.0, i) for i in range(10)]
+                await asyncio.gather(*map(sampler.complete, asked))
+
+    asyncio.run(run())
+    assert (len(busy.bodies), len(idle.bodies)) == shares
