@@ -14,11 +14,14 @@ from jorch.sections import (
     BatchConfig,
     ChatConfig,
     CheckpointConfig,
+    ComputeDtypeKey,
+    LogitDtypeKey,
     LoraConfig,
     MeshConfig,
     MiniatureConfig,
     ModelConfig,
     OptimizerConfig,
+    ParamDtypeKey,
     PeakFlopsKey,
     RematKey,
     RewardConfig,
@@ -119,8 +122,9 @@ class RlConfig(Section):
     watch: WatchConfig = WatchConfig()
     log_trajectories: int = Field(default=2, ge=0, description="groups written to trajectories.jsonl per step")
     peak_flops: PeakFlopsKey = None
-    param_dtype: Literal["float32", "bfloat16"] = Field(default="float32", description="of the trained parameters")
-    compute_dtype: Literal["float32", "bfloat16"] = Field(default="float32", description="of activations")
+    param_dtype: ParamDtypeKey = "float32"
+    compute_dtype: ComputeDtypeKey = "float32"
+    logit_dtype: LogitDtypeKey = None
     remat: RematKey = "none"
 
     @model_validator(mode="after")
@@ -189,8 +193,9 @@ class EvalConfig(Section):
     rollout: RolloutConfig
     mesh: MeshConfig = MeshConfig()
     baselines: bool = Field(default=False, description="add the miniature world's baselines")
-    param_dtype: Literal["float32", "bfloat16"] = Field(default="float32", description="of the parameters")
-    compute_dtype: Literal["float32", "bfloat16"] = Field(default="float32", description="of activations")
+    param_dtype: ParamDtypeKey = "float32"
+    compute_dtype: ComputeDtypeKey = "float32"
+    logit_dtype: LogitDtypeKey = None
 
     @model_validator(mode="after")
     def _policy(self) -> "EvalConfig":

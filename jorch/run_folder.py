@@ -22,6 +22,7 @@ from typing import Any
 from pydantic import BaseModel
 
 from jorch import config_io
+from jorch.sections import COMPUTATION
 
 CONFIG = "config.yaml"
 METRICS = "metrics.jsonl"
@@ -48,9 +49,7 @@ WRITTEN_BY_RUNS = (
 """What `--fresh` removes; a file of any other name in the folder is somebody else's."""
 
 _RESULTS = ("summary.json", "tasks", "base", "model")
-_MAY_CHANGE = frozenset(
-    {"out", "url", "mesh", "checkpoint", "watch", "peak_flops", "param_dtype", "compute_dtype", "remat"}
-)
+_MAY_CHANGE = frozenset({"out", "url", "mesh", "checkpoint", "watch", "peak_flops", *COMPUTATION})
 """Keys and sections: where things are, how the same mathematics is computed, what is kept of it and told."""
 _SYSTEM_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO)
 

@@ -17,10 +17,25 @@ _REMAT = (
     "offload: as full, with the inputs in the host's memory"
 )
 RematKey = Annotated[Remat, Field(description=_REMAT)]
+Dtype = Literal["float32", "bfloat16"]
+ParamDtypeKey = Annotated[Dtype, Field(description="of stored parameters")]
+ComputeDtypeKey = Annotated[Dtype, Field(description="of activations")]
+LogitDtypeKey = Annotated[
+    Dtype | None,
+    Field(description="of what logits are products of, summed in float32 always; null = as compute_dtype"),
+]
 PeakFlopsKey = Annotated[
     PositiveFloat | None,
     Field(description="FLOP/s of one device, of which MFU is the share; null = by its name (jorch/flops.py), if known"),
 ]
+
+COMPUTATION = ("param_dtype", "compute_dtype", "logit_dtype", "remat")
+"""How a model's mathematics is computed; two models that differ in nothing else are the same."""
+
+
+def computation(section: Section) -> dict[str, Any]:
+    """Those keys of a section that say how a model is computed, for `ModelConfig`."""
+    return section.model_dump(include=set(COMPUTATION))
 
 
 class ModelConfig(Section):
@@ -37,13 +52,19 @@ class ModelConfig(Section):
     rms_norm_eps: PositiveFloat = Field(default=1e-6, description="epsilon of every RMSNorm")
     tie_word_embeddings: bool = Field(default=False, description="unembed with the embedding's transpose")
     max_position_embeddings: PositiveInt = Field(default=40960, description="longest sequence, tokens")
-    param_dtype: Literal["float32", "bfloat16"] = Field(default="float32", description="of stored parameters")
-    compute_dtype: Literal["float32", "bfloat16"] = Field(default="float32", description="of activations")
+    param_dtype: ParamDtypeKey = "float32"
+    compute_dtype: ComputeDtypeKey = "float32"
+    logit_dtype: LogitDtypeKey = None
     remat: RematKey = "none"
 
     def architecture(self) -> dict[str, Any]:
         """What makes two models the same, whatever they are computed in."""
-        return self.model_dump(exclude={"param_dtype", "compute_dtype", "remat"})
+        return self.model_dump(exclude=set(COMPUTATION))
+
+    @property
+    def output_dtype(self) -> Dtype:
+        """Of the final hidden states and of the unembedding that they are multiplied with."""
+        return self.logit_dtype or self.compute_dtype
 
     @model_validator(mode="after")
     def _heads(self) -> "ModelConfig":

@@ -56,6 +56,7 @@ KERNEL_USERS = {
     "jorch/bench/kernels.py": "kernels.bench",
     "jorch/model/attention.py": "kernels",
     "jorch/model/decode.py": "kernels",
+    "jorch/model/transformer.py": "kernels.logprob",
     "jorch/train/logprobs.py": "kernels",
 }
 """The only files of jorch that may import kernels, and what of it."""

@@ -21,6 +21,7 @@ from jorch.rollout.outcomes import EvalRow, trajectory_row
 from jorch.rollout.server_process import tool_server
 from jorch.rollout.tool_client import ToolClient, ToolServerDown
 from jorch.run_folder import atomic_write, open_run_folder
+from jorch.sections import computation
 from jorch.serving.samplers import make_sampler
 from jorch.sharding import make_mesh
 from jorch.types import Task
@@ -104,12 +105,7 @@ async def _play_endpoint(
 def make_driver(config: EvalConfig, tools: ToolClient, run_folder: Path) -> Driver:
     """A driver around the model that the config names, on all devices; its sampler is to be closed."""
     assert config.init_from is not None
-    start = pretrained.load(
-        config.init_from,
-        make_mesh(config.mesh),
-        param_dtype=config.param_dtype,
-        compute_dtype=config.compute_dtype,
-    )
+    start = pretrained.load(config.init_from, make_mesh(config.mesh), **computation(config))
     sampler = make_sampler(config.sampler, config.rollout, start, run_folder)
     return Driver(sampler, tools, start.tokenizer, config.chat, config.rollout)
 

@@ -39,13 +39,14 @@ def make_probe(config: ModelConfig, source: Source) -> Probe:
     """Score random tokens in float32, a layer and a block of the vocabulary at a time."""
     tokens = np.random.default_rng(0).integers(0, config.vocab_size, NUM_TOKENS).astype(np.int32)
     layer = _layer(config.model_dump_json())
-    x_TD = _embed(source, tokens)
-    for index in range(config.num_hidden_layers):
-        params = {name: source.tensor(name, index) for name in source.shapes["layers"]}
-        x_TD = jax.block_until_ready(layer(params, x_TD))
-    [norm_D] = source.rows("final_norm")
-    hidden_TD = rms_norm(x_TD[:-1], norm_D, config.rms_norm_eps)
-    logprobs = _logprobs(source.rows("embed" if config.tie_word_embeddings else "unembed"), hidden_TD, tokens[1:])
+    with jax.default_matmul_precision("highest"):  # accelerators would round float32 inputs otherwise
+        x_TD = _embed(source, tokens)
+        for index in range(config.num_hidden_layers):
+            params = {name: source.tensor(name, index) for name in source.shapes["layers"]}
+            x_TD = jax.block_until_ready(layer(params, x_TD))
+        [norm_D] = source.rows("final_norm")
+        hidden_TD = rms_norm(x_TD[:-1], norm_D, config.rms_norm_eps)
+        logprobs = _logprobs(source.rows("embed" if config.tie_word_embeddings else "unembed"), hidden_TD, tokens[1:])
     return Probe(tuple(tokens.tolist()), tuple(logprobs.tolist()))
 
 

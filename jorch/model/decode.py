@@ -48,7 +48,7 @@ def empty_cache(config: ModelConfig, num_rows: int, num_columns: int) -> Cache:
         valid=jnp.zeros((num_rows, num_columns), bool),
         num_tokens=jnp.zeros(num_rows, jnp.int32),
         slot=jnp.zeros((), jnp.int32),
-        hidden_BD=jnp.zeros((num_rows, config.hidden_size), config.compute_dtype),
+        hidden_BD=jnp.zeros((num_rows, config.hidden_size), config.output_dtype),
     )
 
 

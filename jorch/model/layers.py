@@ -22,11 +22,12 @@ def param(rngs: nnx.Rngs, shape: tuple[int, ...], axes: tuple[str, ...], std: fl
     return nnx.Param(value.astype(dtype), axes=axes)
 
 
-def rms_norm(x: jax.Array, scale: jax.Array, eps: float) -> jax.Array:
-    """RMSNorm over the last axis, statistics in float32."""
+def rms_norm(x: jax.Array, scale: jax.Array, eps: float, dtype: str | None = None) -> jax.Array:
+    """RMSNorm over the last axis, statistics in float32; the result in `dtype`, of x if None."""
     x32 = x.astype(jnp.float32)
     normed = x32 * jax.lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + eps)
-    return scale.astype(x.dtype) * normed.astype(x.dtype)
+    rounded_to = dtype or x.dtype
+    return scale.astype(rounded_to) * normed.astype(rounded_to)
 
 
 def rope_tables(positions_BT: jax.Array, head_dim: int, theta: float) -> tuple[jax.Array, jax.Array]:

@@ -9,7 +9,6 @@ from functools import partial
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import Mesh
 
@@ -18,6 +17,7 @@ from jorch.model.attention import packed_rows
 from jorch.model.layers import Block, param, rms_norm, rope_tables
 from jorch.sections import LoraConfig, ModelConfig
 from jorch.sharding import sharding
+from kernels.logprob.api import logits
 
 Params = dict[str, Any]
 
@@ -53,16 +53,12 @@ class Transformer(nnx.Module):
         return x_BTD, rope_tables(positions_BT, self.config.head_dim, self.config.rope_theta)
 
     def finish(self, x_BTD: jax.Array) -> jax.Array:
-        return rms_norm(x_BTD, self.final_norm[...], self.config.rms_norm_eps)
+        """The final hidden states, in the dtype that logits are products of."""
+        return rms_norm(x_BTD, self.final_norm[...], self.config.rms_norm_eps, self.config.output_dtype)
 
     def logits(self, hidden: jax.Array) -> jax.Array:
         """f32[..., V] from hidden states [..., D]."""
-        return jnp.einsum(
-            "...d,vd->...v",
-            hidden,
-            self.unembedding_VD.astype(hidden.dtype),
-            preferred_element_type=jnp.float32,
-        )
+        return logits(hidden, self.unembedding_VD.astype(hidden.dtype))
 
     def hidden(
         self, token_ids_BT: jax.Array, positions_BT: jax.Array, mask_BT: jax.Array, mesh: Mesh | None = None
@@ -137,13 +133,15 @@ class Qwen3(Trainable):
         return params
 
     def unstack(self, params: Params) -> Params:
-        """The parameters as decoding takes them: in the compute dtype, "layers" a list with one dict a layer.
+        """The parameters as decoding takes them: in the dtypes of use, "layers" a list with one dict a layer.
 
         Decoding unrolls the layers, and slices of stacked weights would be copied for every token.
         """
-        params = jax.tree.map(lambda x: x.astype(self.config.compute_dtype), params)
-        layers = [jax.tree.map(lambda x: x[i], params["layers"]) for i in range(self.config.num_hidden_layers)]  # noqa: B023
-        return params | {"layers": layers}
+        config = self.config
+        stacked = jax.tree.map(lambda x: x.astype(config.compute_dtype), params["layers"])
+        layers = [jax.tree.map(lambda x: x[i], stacked) for i in range(config.num_hidden_layers)]  # noqa: B023
+        outer = {name: x.astype(config.output_dtype) for name, x in params.items() if name != "layers"}
+        return outer | {"layers": layers}
 
     def bind_unstacked(self, params: Params) -> tuple[Transformer, list[Block]]:
         """The module, its own layers unbound, and the layers of `unstack`ed parameters; for a traced function."""

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from jorch.config import RlConfig, SftConfig
-from jorch.sections import BatchConfig, LoraConfig, MeshConfig, ModelConfig, OptimizerConfig
+from jorch.sections import BatchConfig, LoraConfig, MeshConfig, ModelConfig, OptimizerConfig, computation
 
 _COMMON = {"vocab_size": 151936, "num_key_value_heads": 8, "head_dim": 128, "rope_theta": 1e6}
 PUBLISHED = {
@@ -85,7 +85,7 @@ def _rows_per_update(config: RlConfig) -> int:
 
 def _model(config: SftConfig | RlConfig) -> ModelConfig:
     own = config.model if isinstance(config, SftConfig) else None
-    settings = (own or config).model_dump(include={"param_dtype", "compute_dtype", "remat"})
+    settings = computation(own or config)
     if config.init_from is None:
         assert own is not None
         return own

@@ -154,5 +154,5 @@ def _logit_bytes(job: Job) -> float:
     # A chunk is of the whole micro-batch: its logits are sharded over the vocabulary only.
     chunk = min(job.batch.micro_rows * job.batch.row_tokens, CHUNK_TOKENS)
     gradient = 0 if job.lora else 4
-    unembedding = model.vocab_size * model.hidden_size / tensor * (jnp.dtype(model.compute_dtype).itemsize + gradient)
+    unembedding = model.vocab_size * model.hidden_size / tensor * (jnp.dtype(model.output_dtype).itemsize + gradient)
     return 4 * chunk * model.vocab_size / tensor + unembedding

@@ -50,7 +50,7 @@ from jorch.rollout.sampler import Sampler
 from jorch.rollout.server_process import tool_server
 from jorch.rollout.tool_client import ToolClient
 from jorch.rollout.vllm_sampler import VllmSampler
-from jorch.sections import ServerSection
+from jorch.sections import ServerSection, computation
 from jorch.serving.samplers import Weights, make_sampler, weights_folder
 from jorch.sharding import make_mesh, shard_batch
 from jorch.train.optimizer import make_optimizer
@@ -177,13 +177,7 @@ def run(config: RlConfig, *, resume: bool, fresh: bool) -> None:
         with tool_server(_own_server(config.tools_server), own / "tools_server.log") as url:
             asyncio.run(_probe(config, tasks, url))
             mesh = make_mesh(config.mesh)
-            start = pretrained.load(
-                config.init_from,
-                mesh,
-                param_dtype=config.param_dtype,
-                compute_dtype=config.compute_dtype,
-                remat=config.remat,
-            )
+            start = pretrained.load(config.init_from, mesh, **computation(config))
             sampler = make_sampler(config.sampler, config.rollout, replace(start, params=to_host(start.params)), own)
             with closing(sampler):
                 learner = make_learner(config, mesh, start)

@@ -23,7 +23,7 @@ from jorch.rollout.jax_sampler import JaxSampler
 from jorch.rollout.sampler import Sampler
 from jorch.rollout.tool_client import ToolClient
 from jorch.rollout.vllm_sampler import VllmSampler
-from jorch.sections import MeshConfig
+from jorch.sections import MeshConfig, computation
 from jorch.serving.samplers import Weights, weights_folder
 from jorch.sharding import make_mesh
 from jorch.types import Task
@@ -78,7 +78,7 @@ async def _play(connection: Connection, job: Job, version: int) -> None:
 def _architecture(job: Job) -> pretrained.Pretrained:
     """The model without parameters, which come with each version."""
     folder, config = job.folder / hf.ARCHITECTURE, job.config
-    architecture = hf.load_config(folder, param_dtype=config.param_dtype, compute_dtype=config.compute_dtype)
+    architecture = hf.load_config(folder, **computation(config))
     return pretrained.Pretrained(Qwen3(architecture), {}, tokenizers.load_folder(folder))
 
 

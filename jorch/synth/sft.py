@@ -15,6 +15,7 @@ from jorch.data.tokenizer import SentencePieceTokenizer, Tokenizer
 from jorch.export import hf, pretrained
 from jorch.model.transformer import Params, Qwen3
 from jorch.processes import is_writer, open_shared_run_folder, to_host
+from jorch.sections import computation
 from jorch.sharding import make_mesh
 from jorch.synth import miniature
 from jorch.train import sft
@@ -71,7 +72,7 @@ def _tokenizer(config: SftConfig) -> Tokenizer:
 def _start(config: SftConfig, mesh: jax.sharding.Mesh, tokenizer: Tokenizer) -> tuple[Qwen3, Params]:
     if config.init_from is not None:
         # The architecture is the weights' own; how to compute with it is the run's.
-        settings = config.model.model_dump(include={"param_dtype", "compute_dtype", "remat"}) if config.model else {}
+        settings = computation(config.model) if config.model else {}
         start = pretrained.load(config.init_from, mesh, **settings)
         return start.model, start.params
     assert config.model is not None

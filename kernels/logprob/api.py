@@ -6,6 +6,9 @@ from typing import Any
 import jax
 
 from kernels.logprob import xla_chunked
+from kernels.logprob.xla_chunked import logits
+
+__all__ = ["CHUNK_TOKENS", "linear_logprob", "logits"]
 
 CHUNK_TOKENS = 2048
 

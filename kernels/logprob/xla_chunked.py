@@ -21,7 +21,7 @@ def forward(
 
     def of_chunk(args: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, ...]:
         h_BCD, target_BC = args
-        logits_BCV = _logits(h_BCD, unembedding_VD)
+        logits_BCV = logits(h_BCD, unembedding_VD)
         top_BC = jnp.max(logits_BCV, axis=-1)
         weights_BCV = jnp.exp(logits_BCV - top_BC[..., None])
         total_BC = jnp.sum(weights_BCV, axis=-1)
@@ -54,7 +54,7 @@ def backward(
 
     def of_chunk(dw_VD: jax.Array, args: tuple) -> tuple[jax.Array, jax.Array]:
         h_BCD, target_BC, entropy_BC, normalizer_BC, dlogprob_BC, dentropy_BC = args
-        logits_BCV = _logits(h_BCD, unembedding_VD)
+        logits_BCV = logits(h_BCD, unembedding_VD)
         log_p_BCV = logits_BCV - normalizer_BC[..., None]
         p_BCV = jnp.exp(log_p_BCV)
         dlogits_BCV = dlogprob_BC[..., None] * (_hits(target_BC, logits_BCV) - p_BCV)
@@ -72,8 +72,13 @@ def backward(
     return _join(dh, T), dw_VD.astype(unembedding_VD.dtype)
 
 
-def _logits(h_BCD: jax.Array, unembedding_VD: jax.Array) -> jax.Array:
-    return jnp.einsum("bcd,vd->bcv", h_BCD, unembedding_VD, preferred_element_type=jnp.float32)
+def logits(hidden: jax.Array, unembedding_VD: jax.Array) -> jax.Array:
+    """f32[..., V] from hidden states [..., D] of the unembedding's dtype, products and sums exact to float32.
+
+    Left to themselves, GPUs would round float32 inputs to TF32 and TPUs to bfloat16.
+    """
+    precision = jax.lax.Precision.HIGHEST if hidden.dtype == jnp.float32 else None
+    return jnp.einsum("...d,vd->...v", hidden, unembedding_VD, precision=precision, preferred_element_type=jnp.float32)
 
 
 def _hits(target_BC: jax.Array, logits_BCV: jax.Array) -> jax.Array:

@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jorch.model.decode import Decoder, empty_cache
+from jorch.model.transformer import Qwen3
 
 pytestmark = pytest.mark.usefixtures("quick_compiles")
 
@@ -183,3 +184,16 @@ def test_noise_belongs_to_seed_and_position_alone(tiny, qwen3_logits):
     same_prompt.append([[1, 2]] * 4)
     others, *_ = same_prompt.decode([True] * 4, seeds, 1.0)
     assert len({tuple(row) for row in others.tolist()}) > 1
+
+
+def test_float32_logits_over_a_bfloat16_cache(tiny_config, random_params):
+    model = Qwen3(tiny_config(compute_dtype="bfloat16", logit_dtype="float32"))
+    params = random_params(model)
+    decoder = Decoder(model, MAX_TOKENS, STOP_ID)
+    weights, cache = decoder.prepare(params), empty_cache(model.config, 1, COLUMNS)
+    cache = decoder.append(weights, cache, np.array([[3, 4, 5, 0]], np.int32), np.array([[True, True, True, False]]))
+    hidden_BD = np.asarray(cache.hidden_BD, np.float64)
+    _, sampled = decoder.decode(weights, cache, np.array([1], np.int32), np.zeros(1, np.uint32), np.float32(0.0))
+    expected_BV = log_softmax(hidden_BD @ np.asarray(params["embed"], np.float64).T)
+    assert sampled.token_ids[0, 0] == expected_BV.argmax()
+    assert float(sampled.logprobs[0, 0]) == pytest.approx(expected_BV.max(), abs=1e-5)

@@ -153,6 +153,23 @@ def test_bfloat16_activations_follow_float32_ones(tiny, tiny_config):
     np.testing.assert_allclose(low, high, rtol=0, atol=2**-5 * np.abs(high).max())
 
 
+@pytest.mark.parametrize("tied", [True, False])
+def test_float32_logits_of_bfloat16_activations_are_not_rounded_again(tiny_config, random_params, tied):
+    config = tiny_config(compute_dtype="bfloat16", logit_dtype="float32", tie_word_embeddings=tied)
+    params = random_params(Qwen3(config))
+    x_TD = jnp.asarray(np.random.default_rng(0).standard_normal((5, config.hidden_size)), jnp.bfloat16)
+
+    def ours(config: ModelConfig) -> jax.Array:
+        module = Qwen3(config).bind(params)
+        return module.logits(module.finish(x_TD))
+
+    x = np.asarray(x_TD, np.float64)
+    normed = x / np.sqrt((x * x).mean(-1, keepdims=True) + config.rms_norm_eps) * np.asarray(params["final_norm"])
+    exact = normed @ np.asarray(params["embed" if tied else "unembed"], np.float64).T
+    error = {d: np.abs(ours(config.model_copy(update={"logit_dtype": d})) - exact).max() for d in ("float32", None)}
+    assert error["float32"] < 1e-5 * np.abs(exact).max() < 1e-3 * np.abs(exact).max() < error[None]
+
+
 MESHES = [(8, 1, 1, 1), (1, 8, 1, 1), (1, 1, 1, 8), (2, 2, 1, 2), (1, 2, 2, 2)]
 
 
