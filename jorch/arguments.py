@@ -29,7 +29,11 @@ ABOUT = {
     "bench": "measure where the time of a training step goes, or the kernels",
 }
 _DTYPES = ("float32", "bfloat16")
-_SERVING = ("export", "push", "client", "async")
+_PARTS = {
+    "kernels": ("causal", "packed", "shared-prompt", "logprob"),
+    "serving": ("export", "push", "client", "async"),
+}
+"""Of a benchmark."""
 RESUMABLE = ("sft", "rl", "launch")
 
 
@@ -48,7 +52,10 @@ def parse(argv: list[str]) -> tuple[str, Any, argparse.Namespace]:
     if command == "serve":
         return command, *_parse_serve(rest)
     if command in ("import", "export", "verify", "bench"):
-        return command, None, _plain_parser(command).parse_args(rest)
+        options = _plain_parser(command).parse_args(rest)
+        if command == "bench":
+            options.only = _parts(options.what, options.only)
+        return command, None, options
     model = _model(command)
     options = _config_parser(command, model).parse_intermixed_args(rest)
     path, overrides = _positionals(command, options)
@@ -131,8 +138,8 @@ def _plain_parser(command: str) -> argparse.ArgumentParser:
         )
         layers = "train: of the 36 (default: 2 on a CPU, else 4, and with --lora all)"
         parser.add_argument("--layers", type=_positive, metavar="L", help=layers)
-        only = "serving: parts to measure (default: all)"
-        parser.add_argument("--only", choices=_SERVING, nargs="+", default=_SERVING, metavar="PART", help=only)
+        only = "; ".join(f"{name}: {', '.join(parts)}" for name, parts in _PARTS.items())
+        parser.add_argument("--only", nargs="+", metavar="PART", help=f"parts to measure (default: all). {only}")
         parser.add_argument("--lora", action="store_true", help="train: an adapter of rank 16 on frozen weights")
         remat = "train: what the backward pass recomputes (default: full)"
         parser.add_argument("--remat", choices=get_args(sections.Remat), default="full", help=remat)
@@ -183,6 +190,18 @@ def _serve_config(source: str, given: dict[str, Any], further: list[str]) -> con
 
 def _dtype(text: str) -> str:
     return {"f32": "float32", "bf16": "bfloat16"}.get(text, text)
+
+
+def _parts(benchmark: str, named: list[str] | None) -> tuple[str, ...]:
+    """Which parts of a benchmark to measure."""
+    parts = _PARTS.get(benchmark, ())
+    for name in named or ():
+        if name not in parts:
+            raise ValueError(
+                f"argument --only: {benchmark} has no part {name!r}; it has {', '.join(parts) or 'none'} "
+                "(see `jorch bench --help`)"
+            )
+    return tuple(named or parts)
 
 
 def _row_tokens(text: str) -> int:

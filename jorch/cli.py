@@ -133,7 +133,7 @@ def _bench(options: argparse.Namespace) -> None:
 
     match options.what:
         case "kernels":
-            kernels.run(options.json, options.tokens)
+            kernels.run(options.json, options.tokens, options.only)
         case "checkpoint":
             checkpoint.run(options.json)
         case "train":

@@ -45,4 +45,4 @@ def shared_prompt(num_tokens: int) -> np.ndarray:
     return tree_ends(lengths, [-1] + [0] * GROUP)
 
 
-MASKS = {"causal": causal, "packed": packed, "shared prompt": shared_prompt}
+MASKS = {"causal": causal, "packed": packed, "shared-prompt": shared_prompt}

@@ -4,6 +4,7 @@ import datetime
 import json
 import os
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +15,11 @@ from rich.table import Table
 from jorch.metrics import stage
 from jorch.run_folder import atomic_write
 from jorch.versions import versions
-from kernels.bench import NUM_TIMINGS, LeftOut, Timing, measure, shapes_here
+from kernels.bench import CASES, NUM_TIMINGS, LeftOut, Timing, measure, shapes_here
 
 
-def run(json_path: Path | None, tokens: list[int] | None) -> None:
-    """Measure, print the table, and write the same numbers to `json_path` and a plot beside it."""
+def run(json_path: Path | None, tokens: list[int] | None, cases: Sequence[str] = CASES) -> None:
+    """Measure, print the table, and write the same numbers to `json_path` and a plot of attention beside it."""
     shapes = shapes_here()
     if tokens:
         shapes = shapes._replace(attention_tokens=tuple(tokens))
@@ -27,7 +28,7 @@ def run(json_path: Path | None, tokens: list[int] | None) -> None:
     timings: list[Timing] = []
     left_out: list[LeftOut] = []
     with stage("kernels") as progress:
-        for found in measure(shapes):
+        for found in measure(shapes, cases=cases):
             if isinstance(found, LeftOut):
                 left_out.append(found)
                 continue
@@ -45,8 +46,11 @@ def run(json_path: Path | None, tokens: list[int] | None) -> None:
         ]
         measured["left_out"] = [line._asdict() for line in left_out]
         atomic_write(json_path, json.dumps(measured, indent=1) + "\n")
-        plot(timings, device, json_path.with_suffix(".png"))
-        print(f"written: {json_path}, {json_path.with_suffix('.png')}")
+        written = [json_path]
+        if any(t.line.kernel == "attention" for t in timings):
+            written.append(json_path.with_suffix(".png"))
+            plot(timings, device, written[-1])
+        print(f"written: {', '.join(map(str, written))}")
 
 
 def print_table(timings: list[Timing], device: str) -> None:

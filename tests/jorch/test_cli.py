@@ -82,6 +82,8 @@ def test_help_lists_every_command() -> None:
         (("export", "runs/a"), "the following arguments are required: --out"),
         (("bench", "lop"), "argument what: invalid choice: 'lop'"),
         (("bench", "kernels", "--tokens", "8"), "argument --tokens: got '8'; allowed: whole numbers from 64 tokens"),
+        (("bench", "loop", "--only", "push"), "argument --only: loop has no part 'push'; it has none"),
+        (("bench", "kernels", "--only", "push"), "argument --only: kernels has no part 'push'; it has causal, packed,"),
         (("tools-server", "nowhere.yaml"), "nowhere.yaml: no such file"),
     ],
 )

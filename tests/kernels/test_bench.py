@@ -19,7 +19,7 @@ TINY = Shapes(attention_tokens=(64,), N=2, K=1, H=8, logprob_tokens=16, D=8, V=3
 
 @pytest.fixture(scope="module")
 def timings():
-    return [t for t in measure(TINY, num_timings=3, cases=["packed"]) if isinstance(t, Timing)]
+    return [t for t in measure(TINY, num_timings=3, cases=["packed", "logprob"]) if isinstance(t, Timing)]
 
 
 @pytest.mark.slow
@@ -102,7 +102,7 @@ def test_masks_fill_the_row_and_say_what_they_are(num_tokens):
     packed = MASKS["packed"](num_tokens)
     assert len(set(packed)) == 6
     assert packed[-1] == num_tokens
-    shared = MASKS["shared prompt"](num_tokens)
+    shared = MASKS["shared-prompt"](num_tokens)
     prompt = num_tokens // 10 * 2
     assert (shared[:prompt] == num_tokens).all()
     assert len(set(shared[prompt:])) == 8

@@ -1,7 +1,8 @@
 """The report of `jorch bench kernels`: the table shows the numbers that were measured, the plot is an image."""
 
+from jorch import arguments
 from jorch.bench import kernels as kernel_bench
-from kernels.bench import LeftOut, Line, Timing
+from kernels.bench import CASES, LeftOut, Line, Timing
 from kernels.rivals import DIRECTIONS
 
 
@@ -28,6 +29,10 @@ def test_the_table_has_a_row_for_each_path(capsys):
         ["attention, packed", "512", path, *times, "2", "8", "3", "4", "1e-06"]
         for path, times in (("ours", ["10 ±1"] * 3), ("theirs", ["50 ±5"] * 3), ("half", ["50 ±5", "–", "–"]))
     ]
+
+
+def test_the_command_knows_the_parts_by_name():
+    assert arguments._PARTS["kernels"] == CASES
 
 
 def test_what_is_left_out_is_said_once():

@@ -15,7 +15,7 @@ from kernels.shapes import MASKS
 
 
 @pytest.mark.parametrize(
-    ("mask", "theirs"), [("packed", jax_rows), ("shared prompt", jax_rows), ("causal", jax_causal_rows)]
+    ("mask", "theirs"), [("packed", jax_rows), ("shared-prompt", jax_rows), ("causal", jax_causal_rows)]
 )
 def test_both_attentions_compute_the_same(mask, theirs):
     T, N, K, H = 48, 4, 2, 8
