@@ -10,6 +10,7 @@ import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import jax
@@ -22,6 +23,7 @@ from jorch.model.transformer import Qwen3, Trainable
 from jorch.plan.gpus import gpu_devices
 from jorch.plan.job import Job
 from jorch.plan.topology import Topology
+from jorch.rl.losses import policy_loss
 from jorch.sharding import MESH_AXES, mesh_shape, sharding
 from jorch.train.optimizer import make_optimizer
 from jorch.train.sft import cross_entropy
@@ -66,7 +68,7 @@ def missing_compiler(topology: Topology) -> str | None:
 
 
 def compile_step(job: Job, topology: Topology, gpu_limit_bytes: float = math.inf) -> Compiled:
-    """Compile the supervised train step of `job`; minutes for billions of parameters.
+    """Compile the train step of `job` with its loss; minutes for billions of parameters.
 
     XLA's peak on a GPU is without CUDA's and NCCL's own memory there, for which the limit must leave room.
     """
@@ -76,7 +78,7 @@ def compile_step(job: Job, topology: Topology, gpu_limit_bytes: float = math.inf
     base, optimizer = Qwen3(job.model), make_optimizer(job.optimizer, 1000)
     model: Trainable = LoraQwen3(base, job.lora) if job.lora else base
     frozen = abstract_state(base, optimizer, mesh).params if job.lora else None
-    step: Any = make_train_step(model, optimizer, cross_entropy, mesh)
+    step: Any = make_train_step(model, optimizer, **_loss(job), mesh=mesh)
     arguments = (abstract_state(model, optimizer, mesh), _abstract_batch(job, mesh), 1.0, frozen)
     try:
         compiled = step.trace(*arguments).lower(lowering_platforms=(topology.platform,)).compile()
@@ -89,6 +91,13 @@ def compile_step(job: Job, topology: Topology, gpu_limit_bytes: float = math.inf
     peak = found.peak_memory_in_bytes
     fits = topology.platform == "tpu" or peak <= gpu_limit_bytes
     return Compiled(found.argument_size_in_bytes, peak, fits)
+
+
+def _loss(job: Job) -> dict[str, Any]:
+    if job.algorithm is None:
+        return {"loss_fn": cross_entropy}
+    loss_fn = partial(policy_loss, config=job.algorithm, on_policy=job.on_policy)
+    return {"loss_fn": loss_fn, "with_entropy": job.algorithm.entropy_coefficient > 0}
 
 
 def tpu_devices(topology: Topology) -> Sequence[Any]:

@@ -4,7 +4,15 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from jorch.config import RlConfig, SftConfig
-from jorch.sections import BatchConfig, LoraConfig, MeshConfig, ModelConfig, OptimizerConfig, computation
+from jorch.sections import (
+    AlgorithmConfig,
+    BatchConfig,
+    LoraConfig,
+    MeshConfig,
+    ModelConfig,
+    OptimizerConfig,
+    computation,
+)
 
 _COMMON = {"vocab_size": 151936, "num_key_value_heads": 8, "head_dim": 128, "rope_theta": 1e6}
 PUBLISHED = {
@@ -38,8 +46,10 @@ class Job:
     mesh: MeshConfig
     num_micro: int
     """Micro-batches of a step, at most."""
-    with_reference: bool
-    """RL with a KL penalty keeps the initial parameters."""
+    algorithm: AlgorithmConfig | None
+    """RL's loss; None for SFT's."""
+    on_policy: bool
+    """RL updates once with a batch of rollouts."""
     lora: LoraConfig | None
     """An adapter is trained, the rest of the model is frozen."""
     model_prefix: str
@@ -49,19 +59,25 @@ class Job:
     may_adapt: bool = False
     """There are weights that could stay frozen under an adapter."""
 
+    @property
+    def with_reference(self) -> bool:
+        """RL with a KL penalty keeps the initial parameters."""
+        return self.algorithm is not None and self.algorithm.kl_coefficient > 0
+
 
 def job_of(config: SftConfig | RlConfig) -> Job:
     """Raises ValueError where the model's dimensions are not to be found."""
     rows = config.rows_per_step if isinstance(config, SftConfig) else _rows_per_update(config)
     num_micro = -(-rows // config.batch.micro_rows)
-    with_reference = isinstance(config, RlConfig) and config.algorithm.kl_coefficient > 0
+    rl = isinstance(config, RlConfig)
     return Job(
         _model(config),
         config.optimizer,
         config.batch,
         config.mesh,
         num_micro,
-        with_reference,
+        config.algorithm if rl else None,
+        rl and config.num_minibatches == 1,
         config.lora,
         "model." if isinstance(config, SftConfig) else "",
         _within_row(config),

@@ -4,6 +4,7 @@ import importlib.util
 import json
 import subprocess
 import sys
+from dataclasses import replace
 
 import jax
 import pytest
@@ -14,7 +15,7 @@ from jorch.plan import changes, command, topology
 from jorch.plan import compile as ahead_of_time
 from jorch.plan.job import job_of
 from jorch.plan.memory import memory
-from jorch.sections import MeshConfig, OptimizerConfig
+from jorch.sections import AlgorithmConfig, MeshConfig, OptimizerConfig
 from jorch.sharding import make_mesh
 from jorch.train.optimizer import make_optimizer
 from jorch.train.state import init_state
@@ -52,7 +53,7 @@ def test_the_state_is_as_large_as_the_real_one(kind, moment_dtype, tiny, tiny_co
     optimizer = OptimizerConfig(kind=kind, moment_dtype=moment_dtype, learning_rate=1e-3)
     state = init_state(model, make_optimizer(optimizer, 10), make_mesh(MeshConfig()), params)
     job = job_8b("mesh.fsdp=1")
-    job = type(job)(tiny_config(), optimizer, job.batch, MeshConfig(), 1, False, None, "model.")
+    job = type(job)(tiny_config(), optimizer, job.batch, MeshConfig(), 1, None, False, None, "model.")
     needed = memory(job, 1, "dense")
     assert needed.parameters == sum(x.nbytes for x in jax.tree.leaves(state.params))
     assert needed.optimizer_state == sum(x.nbytes for x in jax.tree.leaves(state.opt_state))
@@ -204,6 +205,28 @@ def test_shared_rows_compile_with_every_way_to_save_memory(remat, trained, tiny_
     planned = needed.parameters + needed.optimizer_state + 10 * 4 * 4 * 1024 * 4 / 8
     assert 0.99 * planned <= compiled.arguments < 1.15 * planned
     assert compiled.peak > compiled.arguments
+
+
+@pytest.mark.tpu_aot
+def test_an_rl_step_compiles_with_its_own_loss(tiny_config):
+    """Entropies included, whose gradient takes memory that the supervised loss does without."""
+    supervised = tiny_job(tiny_config, vocab_size=4096)
+    algorithm = AlgorithmConfig(kl_coefficient=1e-3, entropy_coefficient=1e-3)
+    steps = [ahead_of_time.compile_step(replace(supervised, algorithm=a), V5E) for a in (None, algorithm)]
+    assert all(step.fits for step in steps)
+    assert steps[1].peak > steps[0].peak
+
+
+def test_the_reference_lies_beside_the_compiled_step(monkeypatch, tiny_config):
+    job = replace(tiny_job(tiny_config), algorithm=AlgorithmConfig(kl_coefficient=1e-3))
+    plan = command.make_plan(job, V5E, "tiled")
+    reference = plan["bytes_per_device"]["reference"]
+    monkeypatch.setattr(ahead_of_time, "missing_compiler", lambda where: None)
+    monkeypatch.setattr(ahead_of_time, "compile_step", lambda *args: ahead_of_time.Compiled(100.0, 1000.0, True))
+    for usable, fits in ((1000 + reference, True), (999 + reference, False)):
+        found = command._compiled(job, V5E, usable, reference)
+        assert found["fits"] == found["compiled"]["fits"] == fits
+        assert found["compiled"]["peak"] == 1000 + reference > 1000
 
 
 @pytest.mark.sm90_aot
