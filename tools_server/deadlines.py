@@ -5,9 +5,7 @@ ended and cleaned up by the code that started it.
 """
 
 import asyncio
-import contextlib
-from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 
@@ -18,7 +16,7 @@ class Deadlines:
         """`abandon_s`: for how long a call goes on for which nobody waits."""
         self._abandon_s = abandon_s
         self._limits: dict[asyncio.Future[Any], asyncio.Timeout] = {}
-        self._waiting: Counter[asyncio.Future[Any]] = Counter()
+        self._waiting: dict[asyncio.Future[Any], int] = {}
 
     def __len__(self) -> int:
         """Calls under way."""
@@ -41,25 +39,45 @@ class Deadlines:
         for call in list(self._limits):
             self.cut(call)
 
-    @contextlib.contextmanager
-    def awaited(self, calls: Sequence[asyncio.Future[Any]]) -> Iterator[None]:
+    def awaited(self, calls: Sequence[asyncio.Future[Any]]) -> "Awaited":
         """A block in which a client waits for their results. When it disconnects they may soon be cut."""
-        self._waiting.update(calls)
-        try:
-            yield
-        except (asyncio.CancelledError, ConnectionError):
-            asyncio.get_running_loop().call_later(self._abandon_s, self._cut_abandoned, calls)
-            raise
-        finally:
-            for call in calls:
-                self._waiting[call] -= 1
-                if not self._waiting[call]:
-                    del self._waiting[call]
+        return Awaited(self, calls)
+
+    def begin_wait(self, calls: Iterable[asyncio.Future[Any]]) -> None:
+        for call in calls:
+            self._waiting[call] = self._waiting.get(call, 0) + 1
+
+    def end_wait(self, calls: Iterable[asyncio.Future[Any]]) -> None:
+        for call in calls:
+            others = self._waiting.pop(call) - 1
+            if others:
+                self._waiting[call] = others
+
+    def abandon(self, calls: Iterable[asyncio.Future[Any]]) -> None:
+        """Cut them soon, unless somebody waits for them by then."""
+        asyncio.get_running_loop().call_later(self._abandon_s, self._cut_abandoned, calls)
 
     def _cut_abandoned(self, calls: Iterable[asyncio.Future[Any]]) -> None:
         for call in calls:
             if call not in self._waiting:
                 self.cut(call)
+
+
+class Awaited:
+    """A context manager; written out, as `Limit` is."""
+
+    __slots__ = ("_calls", "_deadlines")
+
+    def __init__(self, deadlines: Deadlines, calls: Sequence[asyncio.Future[Any]]) -> None:
+        self._deadlines, self._calls = deadlines, calls
+
+    def __enter__(self) -> None:
+        self._deadlines.begin_wait(self._calls)
+
+    def __exit__(self, kind: type[BaseException] | None, *failure: Any) -> None:
+        if kind is not None and issubclass(kind, asyncio.CancelledError | ConnectionError):
+            self._deadlines.abandon(self._calls)
+        self._deadlines.end_wait(self._calls)
 
 
 class Limit:

@@ -50,7 +50,7 @@ class Sessions:
         self._traces = TraceFile(config.traces) if config.traces is not None else None
         self.draining = False
         self.verifiers = Verifiers(self.toolbox, self.metrics)
-        self.workers = Workers(config)
+        self.workers = Workers(config, self.metrics.count_lost_worker)
         self._sessions: dict[str, Session | ToolSession] = {}
         self._records: OrderedDict[str, tuple[float, SessionRecord]] = OrderedDict()
 

@@ -90,8 +90,8 @@ class ToolSession:
         self._ledger = Ledger()
         self._num_calls = 0
         self._answers: dict[str, tuple[Call, asyncio.Future[CallResult]]] = {}
-        self._pending: dict[asyncio.Task[CallResult], bool] = {}
-        """Calls under way, and whether they write; in the order in which they came."""
+        self._pending: dict[str, tuple[asyncio.Task[CallResult], bool]] = {}
+        """Calls under way by id, and whether they write; in the order in which they came."""
         self._over = False
         self.opened = self._open()
 
@@ -112,16 +112,16 @@ class ToolSession:
                 )
             return known[1]
         writes = call.name == "" or (call.name in self._names and self._writes(call))
-        before = [task for task, writing in self._pending.items() if writes or writing]
+        before = [task for task, writing in self._pending.values() if writes or writing]
         answer = asyncio.create_task(self._answer_call(call, before))
-        self._pending[answer] = writes
-        answer.add_done_callback(self._pending.pop)
+        self._pending[call.call_id] = (answer, writes)
         self._answers[call.call_id] = (call, answer)
         return answer
 
     def finish(self) -> asyncio.Task[SessionRecord] | SessionRecord:
         if self.record is None:
-            self.record = asyncio.create_task(self._judge(list(self._pending)))
+            pending = [task for task, _ in self._pending.values()]
+            self.record = asyncio.create_task(self._judge(pending))
         return self.record
 
     def history(self) -> list[tuple[Call, CallResult]]:
@@ -152,7 +152,7 @@ class ToolSession:
 
     def cancel(self) -> None:
         """End the calls under way."""
-        for task in list(self._pending):
+        for task, _ in list(self._pending.values()):
             self._deadlines.cut(task)
 
     def _writes(self, call: Call) -> bool:
@@ -216,6 +216,8 @@ class ToolSession:
                 observation = self._refusal(call) or await self._observe(call)
         except TimeoutError:
             observation = observation._replace(tool=call.name)
+        finally:
+            del self._pending[call.call_id]
         self._ledger.charge(observation)
         self._over = self._over or observation.ended
         self.last_used_s = time.monotonic()
@@ -242,14 +244,12 @@ class ToolSession:
     def _spent(self) -> str | None:
         """Which budget is used up. Calls count when they start, so that parallel ones cannot pass together."""
         budget, bill = self._setup.budget, self._ledger
-        used: dict[str, Callable[[], float]] = {  # the bill is added up where it is asked for only: that takes time
-            "calls": lambda: self._num_calls,
-            "usd": lambda: bill.cost_usd,
-            "seconds": lambda: bill.latency_s,
-        }
-        for name, most in (("calls", budget.calls), ("usd", budget.usd), ("seconds", budget.seconds)):
-            if most is not None and used[name]() >= most:
-                return f"the budget of {most:g} {name} is spent: answer now"
+        if budget.calls is not None and self._num_calls >= budget.calls:
+            return _over_budget(budget.calls, "calls")
+        if budget.usd is not None and bill.cost_usd >= budget.usd:
+            return _over_budget(budget.usd, "usd")
+        if budget.seconds is not None and bill.latency_s >= budget.seconds:
+            return _over_budget(budget.seconds, "seconds")
         return None
 
     async def _observe(self, call: Call) -> Observation:
@@ -276,6 +276,10 @@ class ToolSession:
             await asyncio.wait(pending)
         self._over = True
         return await settle(self.wanted.session_id, self._setup, self.history(), self._verifiers.verify)
+
+
+def _over_budget(most: float, unit: str) -> str:
+    return f"the budget of {most:g} {unit} is spent: answer now"
 
 
 async def settle(

@@ -8,7 +8,9 @@ import itertools
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from jsonschema import Draft202012Validator
 
+from tools_server.arguments import _acceptor, compile_checks
 from tools_server.config import ServerConfig
 from tools_server.index import build_index
 from tools_server.sessions import Sessions
@@ -19,6 +21,45 @@ JSON = st.recursive(
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=8), inner, max_size=3),
     max_leaves=6,
 )
+
+
+SCHEMAS = (
+    {"type": "object", "properties": {"q": {"type": "string", "minLength": 1}}, "required": ["q"]},
+    {"type": "object", "additionalProperties": {"type": ["integer", "null"], "minimum": -3}},
+    {"type": "object", "properties": {"a": {"type": "array", "items": {"type": "number"}, "uniqueItems": True}}},
+    {"type": "object", "patternProperties": {"^[a-c]": {"anyOf": [{"const": 1}, {"multipleOf": 0.5}]}}},
+    {"type": "object", "propertyNames": {"pattern": "^\\w*$"}, "maxProperties": 2},
+    {"$ref": "#/$defs/x", "$defs": {"x": {"type": "object", "properties": {"": {"enum": [0, "", None, [1]]}}}}},
+)
+
+
+@pytest.mark.parametrize("schema", SCHEMAS)
+@settings(deadline=None, max_examples=150, derandomize=True)
+@given(arguments=st.dictionaries(st.sampled_from(["q", "a", "b", "c", "", "ä"]), JSON, max_size=3))
+def test_what_is_accepted_quickly_fits(schema, arguments):
+    """Two libraries, one verdict: what the quick one lets pass has no error for the one that finds the words."""
+    has_pattern = "pattern" in str(schema)  # means other things to each
+    assert _acceptor(schema)(arguments) == (not has_pattern and Draft202012Validator(schema).is_valid(arguments))
+
+
+def test_a_schema_that_the_quick_library_refuses_is_checked_by_the_other():
+    for schema in (
+        {"type": "object", "properties": {"q": {"$ref": "http://127.0.0.1:9/schema"}}},
+        {"type": "object", "properties": {"q": {"type": "string", "pattern": "^(?P<x>a)(?P=x)$"}}},
+    ):
+        tool = {"type": "function", "function": {"name": "t", "parameters": schema}}
+        check = compile_checks([tool])["t"]
+        assert check({}) is None
+    assert check({"q": "aa"}) is None
+    assert check({"q": "ab"}) == "$.q: 'ab' does not match '^(?P<x>a)(?P=x)$'"
+
+
+def test_arguments_too_deep_for_the_quick_library_are_judged_by_the_other():
+    deep: object = 1
+    for _ in range(400):
+        deep = [deep]
+    tool = {"type": "function", "function": {"name": "t", "parameters": {"type": "object"}}}
+    assert compile_checks([tool])["t"]({"q": deep}) is None
 
 
 def fitting(schema, definitions):

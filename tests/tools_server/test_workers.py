@@ -78,10 +78,16 @@ def _counter(tmp_path, monkeypatch):
 
 
 @pytest.fixture
-def workers(request):
+def lost():
+    """Why processes ended before their time."""
+    return []
+
+
+@pytest.fixture
+def workers(request, lost):
     """One process, if the test asks for no others."""
     options = {"worker_processes": 1, "environment_timeout_s": 60} | getattr(request, "param", {})
-    pool = Workers(ServerConfig.model_validate(options))
+    pool = Workers(ServerConfig.model_validate(options), lost.append)
     yield pool
     pool.close()
 
@@ -107,7 +113,7 @@ def gone(pid):
     return False
 
 
-def test_a_process_killed_in_the_middle_of_a_call(workers):
+def test_a_process_killed_in_the_middle_of_a_call(workers, lost):
     """The call is made again in another one, after those before it; nobody notices."""
     environment, other = opened(workers), opened(workers)
     assert [said(environment) for _ in range(3)] == ["0", "1", "3"]
@@ -121,6 +127,9 @@ def test_a_process_killed_in_the_middle_of_a_call(workers):
     assert (environment.outcome(), other.outcome()) == (0.4, 0.2)
     assert workers.processes != [pid]
     assert gone(pid)
+    assert lost == ["died"]
+    workers.close()
+    assert lost == ["died"], "a server that ends its processes loses none"
 
 
 def test_errors_come_through_as_what_they_are(workers):
@@ -171,7 +180,7 @@ def test_a_call_that_kills_its_process_twice_is_a_failure_of_the_infrastructure(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("workers", [{"environment_timeout_s": 2}], indirect=True)
-def test_a_call_in_which_the_whole_process_hangs_is_cut(workers):
+def test_a_call_in_which_the_whole_process_hangs_is_cut(workers, lost):
     """No thread of it can answer any more: the call of the other session is made again elsewhere."""
     environment, other = opened(workers), opened(workers)
     said(other)
@@ -186,6 +195,7 @@ def test_a_call_in_which_the_whole_process_hangs_is_cut(workers):
         said(environment, "power")
     assert answer.result() == "1"
     assert gone(pid)
+    assert lost == ["hung"]
 
 
 @pytest.mark.slow

@@ -42,8 +42,9 @@ class WorkerDied(Exception):
 class Worker:
     """One process."""
 
-    def __init__(self, config: ServerConfig) -> None:
-        """Does not wait until it is ready: the first request does."""
+    def __init__(self, config: ServerConfig, on_end: Callable[[str], None]) -> None:
+        """Does not wait until it is ready: the first request does. `on_end`: as that of `Workers`."""
+        self._on_end, self._cause = on_end, "died"
         self._limit_s = _limit_s(config)
         self._connection, theirs = multiprocessing.Pipe()
         with theirs:
@@ -85,6 +86,7 @@ class Worker:
             return answer.result(self._limit_s)
         except TimeoutError:
             log.warning("worker process %d is killed: a call took longer than %g s", self.process.pid, self._limit_s)
+            self._cause = "hung"
             self.kill()
             raise InfrastructureFailure(f"the environment did not answer within {self._limit_s:g} s") from None
 
@@ -116,6 +118,7 @@ class Worker:
             status = self.process.wait()
             if not self.closing:
                 log.warning("worker process %d has ended (status %d)", self.process.pid, status)
+                self._on_end(self._cause)
             with self._lock:  # whoever comes later finds it dead
                 waiting, self._waiting = self._waiting, {}
                 self._connection.close()
@@ -127,8 +130,9 @@ class Worker:
 class Workers:
     """A server's processes, started when sessions need them, and the threads that wait for them."""
 
-    def __init__(self, config: ServerConfig) -> None:
-        self._config = config
+    def __init__(self, config: ServerConfig, on_end: Callable[[str], None] = lambda cause: None) -> None:
+        """`on_end` is told, in any thread, of each process that ended before its time: it "died", or "hung"."""
+        self._config, self._on_end = config, on_end
         self._workers: list[Worker] = []
         self._choosing = threading.Lock()
         self.threads = ThreadPoolExecutor(config.worker_threads, thread_name_prefix="environment")
@@ -139,7 +143,7 @@ class Workers:
             self._workers = [worker for worker in self._workers if worker.alive]
             emptiest = min(self._workers, key=lambda worker: len(worker.held), default=None)
             if emptiest is None or (emptiest.held and len(self._workers) < self._config.worker_processes):
-                emptiest = Worker(self._config)
+                emptiest = Worker(self._config, self._on_end)
                 self._workers.append(emptiest)
             emptiest.held.add(key)
             return emptiest
