@@ -162,7 +162,7 @@ def _parse_serve(words: list[str]) -> tuple[config.ServeConfig, argparse.Namespa
     kinds: dict[str, dict[str, Any]] = {
         "rl": {"action": "store_true"},
         "dtype": {"type": _dtype, "choices": _DTYPES},
-        **{key: {"type": int} for key in ("port", "max_context_tokens", "max_rows", "kv_cache_bytes")},
+        **{key: {"type": int} for key in ("port", "max_context_tokens", "max_rows", "kv_cache_bytes", "lora_rank")},
         "start_timeout_s": {"type": float, "metavar": "S"},
         **{key: {} for key in ("vllm", "host", "log")},
     }

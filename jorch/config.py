@@ -169,6 +169,9 @@ class ServeConfig(Section):
     kv_cache_bytes: PositiveInt | None = Field(
         default=None, description="memory of the KV cache; null = 256 MiB on a CPU, else vLLM's choice"
     )
+    lora_rank: PositiveInt | None = Field(
+        default=None, description="take a run's adapters up to this rank beside the folder's frozen weights; with rl"
+    )
     start_timeout_s: PositiveFloat = Field(default=600.0, description="seconds until it must be ready")
     log: str = Field(default="vllm.log", description="file for vLLM's output, appended")
     vllm_options: tuple[str, ...] = Field(default=(), description="for `vllm serve` as they are; also what follows --")

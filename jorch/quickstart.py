@@ -64,7 +64,7 @@ def _work(config: QuickstartConfig, folder: Path, summary: "Summary", *, own_bas
     with start_tool_server(server_config, folder / "tools_server.log") as url:
         print(f"{'tool server':<24}{url}  {len(miniature.catalogue())} simulated experts", flush=True)
         rl = _rl_config(config, folder, init_from, url)
-        with closing(make_sampler(rl.sampler, rl.rollout, start, folder)) as sampler:
+        with closing(make_sampler(rl.sampler, rl.rollout, start, folder, rl.lora)) as sampler:
             _run_stages(rl, folder, tasks, start, sampler, url, summary)
 
 

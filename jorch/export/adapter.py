@@ -1,24 +1,44 @@
 """A LoRA adapter as PEFT keeps it, which vLLM and transformers load beside the base."""
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 from safetensors.numpy import save_file
 
-from jorch.export import hf
+from jorch.export import hf, probe
 from jorch.export.source import Source, in_layers
 from jorch.export.tensors import layer_name
+from jorch.model.transformer import Params
 from jorch.sections import LoraConfig
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 
 
-def save(folder: Path, lora: LoraConfig, source: Source, base: str) -> None:
+class Adapter(NamedTuple):
+    """What samplers are given that hold its base already."""
+
+    params: Params
+    """As `LoraQwen3` has them."""
+    lora: LoraConfig
+    probe: probe.Probe
+    """Of base and adapter together."""
+
+
+def save(
+    folder: Path,
+    lora: LoraConfig,
+    source: Source,
+    base: str,
+    expected: probe.Probe | None = None,
+    facts: Mapping[str, Any] | None = None,
+) -> None:
     """Write the adapter's parameters (of `flat_adapter`'s names) and PEFT's description of them, whole or not at all.
 
-    They are held in memory once. `base` is where the frozen weights are, as PEFT's `base_model_name_or_path`. Raises
-    OSError naming `folder`.
+    They are held in memory once. `base` is where the frozen weights are, as PEFT's `base_model_name_or_path`. With
+    `expected` also `jorch.json`: this probe and the `facts`. Raises OSError naming `folder`.
     """
     tensors: dict[str, np.ndarray] = {}
     for flat_name, index in in_layers(source):
@@ -31,6 +51,8 @@ def save(folder: Path, lora: LoraConfig, source: Source, base: str) -> None:
     with hf.replaced(folder) as written:
         save_file(tensors, written / WEIGHTS, {"format": "pt"})
         (written / CONFIG).write_text(json.dumps(_description(lora, base), indent=2) + "\n")
+        if expected is not None:
+            probe.write(written, expected, **(facts or {}))
 
 
 def _description(lora: LoraConfig, base: str) -> dict[str, object]:

@@ -13,7 +13,7 @@ WIDTH = 32
 
 
 def widen(config: ModelConfig, source: Source) -> tuple[ModelConfig, Source]:
-    """Pad every head with zeros to a multiple of `WIDTH`; unchanged where it is one.
+    """Pad every head with zeros to a multiple of `WIDTH`; unchanged where it is one. Of a model, or of an adapter.
 
     The function that the model computes stays, up to rounding and the norms' epsilon. Zeros halve the mean square that
     QK-norm divides by (if H doubles), which its scale makes good; the query's scale also makes good the wider head's
@@ -48,12 +48,12 @@ class Widened:
 
     def _widened(self, name: str, x: jax.Array) -> jax.Array:
         match name:
-            case "q" | "k" | "v" | "q_norm":
+            case "q" | "k" | "v" | "q_norm" | "adapter/q/b" | "adapter/k/b" | "adapter/v/b":
                 return _pad(x, self._wide, -1)
             case "k_norm":
                 # 1/sqrt(ratio) for the mean square, sqrt(ratio) for the softmax scale: the query's cancel.
                 return _pad(x, self._wide, -1) / self._ratio**0.5
-            case "o":
+            case "o" | "adapter/o/a":
                 return _pad(x, self._wide, -2)
             case _:
                 return x

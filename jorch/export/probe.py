@@ -5,7 +5,7 @@ head left behind, a wrong rotary base.
 """
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -14,12 +14,15 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
 from jorch.export.source import Source
 from jorch.model.attention import packed_rows
 from jorch.model.layers import rms_norm, rope_tables
+from jorch.model.lora import LoraQwen3
 from jorch.model.transformer import Params, Qwen3
-from jorch.sections import ModelConfig
+from jorch.processes import to_host
+from jorch.sections import CONTEXT_TOKENS, LoraConfig, ModelConfig
 
 FILE = "jorch.json"
 NUM_TOKENS = 32
@@ -37,7 +40,7 @@ class Probe:
 
 def make_probe(config: ModelConfig, source: Source) -> Probe:
     """Score random tokens in float32, a layer and a block of the vocabulary at a time."""
-    tokens = np.random.default_rng(0).integers(0, config.vocab_size, NUM_TOKENS).astype(np.int32)
+    tokens = _tokens(config)
     layer = _layer(config.model_dump_json())
     with jax.default_matmul_precision("highest"):  # accelerators would round float32 inputs otherwise
         x_TD = _embed(source, tokens)
@@ -48,6 +51,39 @@ def make_probe(config: ModelConfig, source: Source) -> Probe:
         hidden_TD = rms_norm(x_TD[:-1], norm_D, config.rms_norm_eps)
         logprobs = _logprobs(source.rows("embed" if config.tie_word_embeddings else "unembed"), hidden_TD, tokens[1:])
     return Probe(tuple(tokens.tolist()), tuple(logprobs.tolist()))
+
+
+def make_probe_fn(config: ModelConfig, lora: LoraConfig, mesh: Mesh) -> Callable[[Params, Params], Probe]:
+    """(adapter, base) -> the probe of both together, computed where they lie; in float32, whatever `config` has."""
+    exact = {"compute_dtype": "float32", "logit_dtype": None, "remat": "none"}
+    model = LoraQwen3(Qwen3(config.model_copy(update=exact)), lora)
+    tokens = _tokens(config)
+    B, part = mesh.shape["data"] * mesh.shape["fsdp"], CONTEXT_TOKENS * mesh.shape["context"]
+    T = -(-NUM_TOKENS // part) * part
+    filled = np.arange(T) < NUM_TOKENS
+    ids_T = np.zeros(T, np.int32)
+    ids_T[:NUM_TOKENS] = tokens
+
+    @jax.jit
+    def logprobs(params: Params, frozen: Params) -> jax.Array:
+        ids_BT, positions_BT, ends_BT = (
+            jnp.broadcast_to(x, (B, T)) for x in (ids_T, np.arange(T, dtype=np.int32), NUM_TOKENS * filled)
+        )
+        module = model.bind(params, frozen)
+        hidden_BTD = module.hidden(ids_BT, positions_BT, ends_BT.astype(jnp.int32), mesh)
+        log_p_TV = jax.nn.log_softmax(module.logits(hidden_BTD[0, : NUM_TOKENS - 1]))
+        return jnp.take_along_axis(log_p_TV, tokens[1:, None], axis=1)[:, 0]
+
+    def compute(params: Params, frozen: Params) -> Probe:
+        with jax.default_matmul_precision("highest"):
+            scored = np.asarray(to_host(logprobs(params, frozen)))
+        return Probe(tuple(tokens.tolist()), tuple(scored.tolist()))
+
+    return compute
+
+
+def _tokens(config: ModelConfig) -> np.ndarray:
+    return np.random.default_rng(0).integers(0, config.vocab_size, NUM_TOKENS).astype(np.int32)
 
 
 def _embed(source: Source, tokens: np.ndarray) -> jax.Array:

@@ -9,9 +9,10 @@ resumed run goes on from the same state and the same number of groups, but not b
 import asyncio
 import itertools
 import time
+from collections.abc import Callable
 from contextlib import closing
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -26,6 +27,8 @@ from jorch.data.chat import render_observation
 from jorch.data.packing import fill_fraction, pack
 from jorch.data.tasks import TaskStream, read_jsonl
 from jorch.export import hf, pretrained
+from jorch.export.adapter import Adapter
+from jorch.export.probe import Probe, make_probe_fn
 from jorch.model import lora
 from jorch.model.transformer import Params, Trainable
 from jorch.processes import (
@@ -87,6 +90,19 @@ class Learner:
     reference: Any
     """Trained parameters as they began, the KL penalty's frozen policy; None where there is no penalty."""
     skipped_in_a_row: int = 0
+
+    def published(self, sampler: Sampler) -> Any:
+        """What `sampler` is given, in host memory: the adapter alone where it holds the base."""
+        if not sampler.takes_adapters:
+            return to_host(self.params)
+        assert self.config.lora is not None
+        assert self.frozen is not None
+        return Adapter(to_host(self.state.params), self.config.lora, self.probe_fn(self.state.params, self.frozen))
+
+    @cached_property
+    def probe_fn(self) -> Callable[[Params, Params], Probe]:
+        assert self.config.lora is not None
+        return make_probe_fn(self.model.config, self.config.lora, self.mesh)
 
     @property
     def params(self) -> Params:
@@ -178,7 +194,8 @@ def run(config: RlConfig, *, resume: bool, fresh: bool) -> None:
             asyncio.run(_probe(config, tasks, url))
             mesh = make_mesh(config.mesh)
             start = pretrained.load(config.init_from, mesh, **computation(config))
-            sampler = make_sampler(config.sampler, config.rollout, replace(start, params=to_host(start.params)), own)
+            held = replace(start, params=to_host(start.params))
+            sampler = make_sampler(config.sampler, config.rollout, held, own, config.lora)
             with closing(sampler):
                 learner = make_learner(config, mesh, start)
                 start = start.without_params()  # the learner and the sampler have what they need of them
@@ -217,7 +234,7 @@ def train(
         hf.save_architecture(folder, start.model.config, start.tokenizer)
     with Checkpoints(folder / "checkpoints", config.checkpoint) as checkpoints:
         first_step, num_groups = _restore(learner, checkpoints, start)
-        sampler.publish(to_host(learner.params), first_step)
+        sampler.publish(learner.published(sampler), first_step)
         with Records(config, folder, start, learner.frozen, checkpoints, first_step) as records:
             if config.max_policy_lag:
                 _train_beside_rollouts(config, folder, tasks, start, learner, sampler, records, url, num_groups)
@@ -283,7 +300,7 @@ def _train_beside_rollouts(
     first_step = records.first_step
     urls = sampler.urls if isinstance(sampler, VllmSampler) else ()
     weights = Weights(start, weights_folder(config.sampler, folder), config.sampler)
-    job = Job(config, folder, url, tuple(urls), weights.write(learner.params, first_step))
+    job = Job(config, folder, url, tuple(urls), weights.write(learner.published(sampler), first_step))
     with RolloutProcess(job, TaskStream(tasks, 1, config.seed), first_step, num_groups) as rollouts:
         records.begin(learner.state, num_groups)
         for step in range(first_step, config.steps):
@@ -291,10 +308,10 @@ def _train_beside_rollouts(
             taken, trajectories, queue_metrics = rollouts.take(step)
             data_s = time.perf_counter() - began
             metrics, groups = learner.update(step, taken, trajectories)
-            rollouts.publish(weights.write(learner.params, step + 1), step + 1)
+            rollouts.publish(weights.write(learner.published(sampler), step + 1), step + 1)
             metrics |= queue_metrics | _step_times(metrics, time.perf_counter() - began, data_s)
             records.write(step, learner.state, metrics, groups, rollouts.num_used)
-    sampler.publish(learner.params, config.steps)
+    sampler.publish(learner.published(sampler), config.steps)
 
 
 async def _train(
@@ -334,7 +351,7 @@ async def take_step(
     trajectories = gather(played)
     rolled_out = time.perf_counter()
     metrics, groups = learner.update(step, tasks, trajectories)
-    sampler.publish(to_host(learner.params), step + 1)
+    sampler.publish(learner.published(sampler), step + 1)
     sample_s = sampler.stats.busy_s - busy_s
     metrics |= _step_times(metrics, time.perf_counter() - began, rolled_out - began)
     metrics |= {

@@ -39,6 +39,7 @@ class JaxSampler:
     """Announced batches that may be under way side by side, each in `config.lanes` lanes of its own."""
     policy_version: int = 0
     stats: SamplerStats = field(default_factory=SamplerStats)
+    takes_adapters: bool = False
 
     def __post_init__(self, params: Params) -> None:
         self.max_context_tokens = self.config.max_context_tokens

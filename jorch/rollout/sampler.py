@@ -16,6 +16,8 @@ class Sampler(Protocol):
     policy_version: int
     max_context_tokens: int
     stats: SamplerStats
+    takes_adapters: bool
+    """It holds the base of what is trained, and is given adapters alone."""
 
     def connected(self) -> AbstractAsyncContextManager[object]:
         """Held around everything that is asked within one event loop."""
@@ -34,7 +36,9 @@ class Sampler(Protocol):
         ...
 
     def publish(self, params: Any, policy_version: int) -> None:
-        """Sample from these parameters from now on; trajectories under way go on with them. Blocks."""
+        """Sample from these parameters from now on, an `export.adapter.Adapter` where it takes those; trajectories
+        under way go on with them. Blocks.
+        """
         ...
 
     def warm_up(self, append_tokens: int) -> None:

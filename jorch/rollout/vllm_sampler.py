@@ -48,6 +48,7 @@ class VllmSampler:
     push: Push
     on_close: Callable[[], object] = lambda: None
     policy_version: int = 0
+    takes_adapters: bool = False
     stats: SamplerStats = field(default_factory=SamplerStats)
 
     def __post_init__(self) -> None:

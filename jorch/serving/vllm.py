@@ -27,6 +27,10 @@ EXECUTABLE_VARIABLE = "JORCH_VLLM"
 
 _WORKER = Path(__file__).parent / "worker"
 _STOP_TIMEOUT_S = 30.0
+_LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
+"""What vLLM takes for --max-lora-rank."""
+_LORA_MODULES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+"""All that jorch trains adapters of."""
 
 
 @dataclass(frozen=True)
@@ -48,6 +52,8 @@ class ServeOptions:
     """None: vLLM's own choice on an accelerator, 256 MiB on a CPU."""
     rl: bool = False
     """The token endpoint and weight updates, which have no authentication of their own: loopback only."""
+    lora_rank: int | None = None
+    """Highest rank of an adapter, which is then the policy; the folder's own weights are called `control.BASE`."""
     start_timeout_s: float = 600.0
     further: Sequence[str] = ()
     """Further arguments of `vllm serve`."""
@@ -57,6 +63,15 @@ class ServeOptions:
             raise ValueError(
                 f"--rl opens weight updates, which ask for no password: --host must be 127.0.0.1, not {self.host}"
             )
+        if self.lora_rank is not None and not self.rl:
+            raise ValueError("--lora-rank is for adapters that a run pushes: it needs --rl")
+        if self.lora_rank is not None and self.lora_rank > _LORA_RANKS[-1]:
+            raise ValueError(f"--lora-rank {self.lora_rank}: vLLM takes adapters of rank {_LORA_RANKS[-1]} at most")
+
+    @property
+    def model(self) -> str:
+        """The name of the folder's own weights."""
+        return control.MODEL if self.lora_rank is None else control.BASE
 
 
 def options(config: ServeConfig) -> ServeOptions:
@@ -74,6 +89,7 @@ def options(config: ServeConfig) -> ServeOptions:
         max_rows=config.max_rows,
         kv_cache_bytes=config.kv_cache_bytes,
         rl=config.rl,
+        lora_rank=config.lora_rank,
         start_timeout_s=config.start_timeout_s,
         further=config.vllm_options,
     )
@@ -98,7 +114,7 @@ def has_tokenizer(folder: Path) -> bool:
 
 def command(options: ServeOptions, port: int) -> list[str]:
     """The argument vector of `vllm serve`."""
-    argv = [find_executable(options.executable), "serve", str(options.folder), "--served-model-name", control.MODEL]
+    argv = [find_executable(options.executable), "serve", str(options.folder), "--served-model-name", options.model]
     argv += ["--host", options.host, "--port", str(port), "--dtype", options.dtype]
     argv += ["--max-model-len", str(options.max_context_tokens), "--max-num-seqs", str(options.max_rows)]
     # The folder's generation_config.json must not become the sampling defaults of requests that set none.
@@ -107,6 +123,11 @@ def command(options: ServeOptions, port: int) -> list[str]:
         # Log-probabilities of the distribution that was really drawn from, temperature included.
         argv += ["--logprobs-mode", "processed_logprobs", "--enable-scale-out"]
         argv += ["--worker-extension-cls", "jorch_vllm_worker.WorkerExtension"]
+    if options.lora_rank is not None:
+        rank = next(rank for rank in _LORA_RANKS if rank >= options.lora_rank)
+        argv += ["--enable-lora", "--max-loras", "1", "--max-lora-rank", str(rank)]
+        # Not the head: scoring a prompt beside other requests through an adapted one kills vLLM on CPUs.
+        argv += ["--lora-target-modules", *_LORA_MODULES]
     if has_tokenizer(options.folder):
         argv += ["--enable-auto-tool-choice", "--tool-call-parser", "hermes"]
     else:
@@ -133,6 +154,8 @@ def environment(options: ServeOptions) -> dict[str, str]:
     added["VLLM_HTTP_TIMEOUT_KEEP_ALIVE"] = "300"
     if options.rl:
         added |= {"VLLM_SERVER_DEV_MODE": "1", "PYTHONPATH": str(_WORKER)}
+    if options.lora_rank is not None:
+        added["VLLM_ALLOW_RUNTIME_LORA_UPDATING"] = "1"
     return kept | added
 
 
@@ -166,7 +189,7 @@ def vllm_server(options: ServeOptions, log: Path) -> Iterator[str]:
     try:
         _wait_until_healthy(child, url, options.start_timeout_s, log)
         if expected is not None:
-            scored = control.score(url, expected, salt="start", tokens_only=options.rl)
+            scored = control.score(url, expected, salt="start", tokens_only=options.rl, model=options.model)
             probe.check(expected, scored, options.dtype, f"vLLM at {url}")
         yield url
     finally:
@@ -176,7 +199,7 @@ def vllm_server(options: ServeOptions, log: Path) -> Iterator[str]:
 def serve(options: ServeOptions, log: Path) -> None:
     """Serve until SIGTERM or Ctrl-C, or until vLLM dies (RuntimeError)."""
     with vllm_server(options, log) as url:
-        print(f"ready: {url}/v1, model {control.MODEL!r}; log: {log}", flush=True)
+        print(f"ready: {url}/v1, model {options.model!r}; log: {log}", flush=True)
         signal.signal(signal.SIGTERM, lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
         while control.is_healthy(url, timeout_s=30.0):
             time.sleep(2.0)

@@ -4,6 +4,9 @@
 "error": ...}. Beyond vLLM's own `reload_weights` it compares the folder's tensors with those of the running model
 before it touches anything (a missing folder or tensor otherwise kills the server at its next request, or leaves a
 mixture of old and new weights), and it packs a tied head again, whose packed copy on CPUs keeps the old embedding.
+
+`jorch_check_adapter` answers likewise whether a folder holds an adapter of the running model, whole: vLLM takes what it
+finds and leaves out the rest.
 """
 
 import json
@@ -59,8 +62,36 @@ def difference(old: dict[str, tuple[int, ...]], new: dict[str, tuple[int, ...]])
     return None
 
 
+def adapter_difference(base: dict[str, tuple[int, ...]], folder: Path, max_rank: int) -> str | None:
+    """What speaks against the adapter in `folder` (PEFT's) beside a model with these tensors, in one line.
+
+    Raises ValueError and OSError where it cannot be read.
+    """
+    description = json.loads((folder / "adapter_config.json").read_text())
+    rank, targets = description["r"], description["target_modules"]
+    if rank > max_rank:
+        return f"the adapter has rank {rank}, the server was started for {max_rank} at most"
+    expected = {}
+    for name, shape in base.items():
+        module = name.removesuffix(".weight")
+        if len(shape) == 2 and module.rpartition(".")[2] in targets:
+            outputs, inputs = shape
+            expected[f"base_model.model.{module}.lora_A.weight"] = (rank, inputs)
+            expected[f"base_model.model.{module}.lora_B.weight"] = (outputs, rank)
+    return difference(expected, tensors_of(folder))
+
+
 class WorkerExtension:
     """Mixed into vLLM's worker, whose attributes it uses."""
+
+    def jorch_check_adapter(self, folder: str) -> dict[str, Any]:
+        worker: Any = self
+        try:
+            base, max_rank = tensors_of(Path(worker.model_config.model)), worker.lora_config.max_lora_rank
+            problem = adapter_difference(base, Path(folder), max_rank)
+        except (OSError, ValueError, KeyError) as error:
+            problem = f"{type(error).__name__}: {error}"
+        return {"ok": problem is None, "error": problem}
 
     def jorch_reload(self, folder: str) -> dict[str, Any]:
         worker: Any = self

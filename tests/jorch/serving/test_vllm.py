@@ -298,4 +298,4 @@ def test_the_base_is_served_with_wider_heads(tmp_path, mesh):
         sampler.close()
     for (_, a), (_, b) in zip(theirs, play(jax_sampler(start), 0.0), strict=True):
         np.testing.assert_array_equal(a.token_ids, b.token_ids)
-    assert json.loads((tmp_path / "weights" / "v0" / probe.FILE).read_text())["policy_version"] == 0
+    assert json.loads((tmp_path / "weights" / "base" / probe.FILE).read_text())["policy_version"] == 0
