@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 
 import aiohttp
 import jax
+import jax.numpy as jnp
 import numpy as np
 import yaml
 from rich.console import Console
@@ -29,7 +30,10 @@ from jorch.config import QuickstartConfig, RlConfig
 from jorch.data.tokenizer import Tokenizer
 from jorch.evals import harness
 from jorch.export import hf, pretrained
+from jorch.export.adapter import Adapter
+from jorch.export.probe import make_probe_fn
 from jorch.metrics import stage
+from jorch.model.lora import LoraQwen3
 from jorch.model.transformer import Qwen3
 from jorch.plan.job import PUBLISHED
 from jorch.rl import loop
@@ -39,7 +43,7 @@ from jorch.rollout.server_process import start_tool_server
 from jorch.rollout.tool_client import ToolClient
 from jorch.rollout.vllm_sampler import GENERATE_PATH, VllmSampler
 from jorch.run_folder import atomic_write, open_run_folder
-from jorch.sections import MeshConfig, MiniatureConfig, SamplerConfig, VllmConfig
+from jorch.sections import LoraConfig, MeshConfig, MiniatureConfig, SamplerConfig, VllmConfig
 from jorch.serving.samplers import Weights, make_sampler
 from jorch.serving.vllm import ServeOptions, vllm_server
 from jorch.sharding import make_mesh
@@ -89,6 +93,7 @@ def run(
         if "push" in parts:
             measured += _push(folder, "base")
             measured += _push(folder, size)
+            measured += _push(folder, size, LoraConfig(rank=16))
         if "client" in parts:
             measured += _client(folder)
     if "async" in parts:
@@ -131,18 +136,23 @@ def _export(folder: Path, size: str) -> list[Figure]:
     return [Figure(f"export of {size} into memory, GB/s", tuple(rates), 0.5, at_most=False)]
 
 
-def _push(folder: Path, size: str) -> list[Figure]:
-    """Pushes as training does them: an export with its probe, then pause, reload, resume and the probe's check."""
+def _push(folder: Path, size: str, lora: LoraConfig | None = None) -> list[Figure]:
+    """Pushes as training does them, of a model or of an adapter: an export with its probe, then pause, reload, resume
+    and the probe's check.
+    """
     start = _start(size)
     dtype = start.model.config.param_dtype
     config = SamplerConfig(max_context_tokens=512, vllm=VllmConfig(dtype=dtype))
     weights = Weights(start.without_params(), folder / "weights", config)
-    options = ServeOptions(weights.write(start.params, 0), dtype=dtype, max_context_tokens=512, rl=True)
+    base = weights.write_base(start.params)
+    options = ServeOptions(base, dtype=dtype, max_context_tokens=512, rl=True, lora_rank=lora and lora.rank)
+    publish = (lambda: start.params) if lora is None else _adapters(start, lora)
+    what = size if lora is None else f"an adapter (rank {lora.rank}) of {size}"
     writes, pushes = [], []
-    with vllm_server(options, folder / "vllm.log") as url, stage(f"pushes of {size}", _NUM_PUSHES) as progress:
+    with vllm_server(options, folder / "vllm.log") as url, stage(f"pushes of {what}", _NUM_PUSHES) as progress:
         for version in range(1, _NUM_PUSHES + 1):
             began = time.perf_counter()
-            target = weights.write(start.params, version)
+            target = weights.write(publish(), version)
             written = time.perf_counter()
             problems = weights.push(target, version, [url])
             pushes.append(time.perf_counter() - written)
@@ -150,10 +160,21 @@ def _push(folder: Path, size: str) -> list[Figure]:
             assert not problems, problems
             progress.advance()
     shutil.rmtree(folder / "weights")
+    target_s = None if lora else 0.5 if size == "base" else 5.0
     return [
-        Figure(f"export of {size} with its probe, s", tuple(writes)),
-        Figure(f"push of {size} to one server, s", tuple(pushes), 0.5 if size == "base" else 5.0),
+        Figure(f"export of {what} with its probe, s", tuple(writes)),
+        Figure(f"push of {what} to one server, s", tuple(pushes), target_s),
     ]
+
+
+def _adapters(start: pretrained.Pretrained, lora: LoraConfig) -> Callable[[], Adapter]:
+    """Gives one that is drawn at random, with its probe, as a learner would."""
+    mesh, rng = make_mesh(MeshConfig()), np.random.default_rng(0)
+    shapes = LoraQwen3(start.model, lora).abstract_params()
+    params = jax.tree.map(lambda x: jnp.asarray(rng.normal(0, 0.01, x.shape), x.dtype), shapes)
+    probe_fn = make_probe_fn(start.model.config, lora, mesh)
+    probe_fn(params, start.params)  # compiles
+    return lambda: Adapter(params, lora, probe_fn(params, start.params))
 
 
 def _client(folder: Path) -> list[Figure]:

@@ -6,8 +6,10 @@ import numpy as np
 import pytest
 
 from jorch.export.heads import WIDTH, widen
-from jorch.export.source import Held
+from jorch.export.source import Held, Merged, flat_adapter
+from jorch.model.lora import LoraQwen3
 from jorch.model.transformer import Qwen3
+from jorch.sections import LoraConfig
 
 
 def logits(config, params, tokens):
@@ -39,6 +41,19 @@ def test_padding_leaves_the_logits(head_dim, tied, tiny_config, random_params, q
     tokens = np.random.default_rng(0).integers(0, config.vocab_size, 20)
     # Logits up to about 10, in float32.
     np.testing.assert_allclose(logits(wide, padded, tokens), qwen3_logits(params, config, tokens), rtol=0, atol=2e-4)
+
+
+def test_an_adapter_is_padded_as_its_base(tiny_config, random_params):
+    """Merged after padding is padded after merging."""
+    base, lora = Qwen3(tiny_config(head_dim=8)), LoraConfig(rank=3)
+    model, frozen = LoraQwen3(base, lora), random_params(base)
+    rng = np.random.default_rng(0)
+    params = jax.tree.map(lambda x: jnp.asarray(rng.normal(0, 0.1, x.shape), x.dtype), model.abstract_params())
+    wide, padded = widen(base.config, Held(model.merge(params, frozen)))
+    _, padded_base = widen(base.config, Held(frozen))
+    _, padded_adapter = widen(base.config, Held(flat_adapter(params)))
+    merged = Merged(padded_base, padded_adapter, LoraQwen3(Qwen3(wide), lora))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=1e-6), read_all(merged), read_all(padded))
 
 
 def test_heads_that_fit_are_left_alone(tiny_config, random_params):

@@ -21,6 +21,7 @@ import numpy as np
 from jax.sharding import AxisType
 from jorch.sections import AlgorithmConfig, LoraConfig, ModelConfig, OptimizerConfig
 from jorch.data.packing import pack
+from jorch.export.probe import make_probe_fn
 from jorch.model import lora
 from jorch.model.transformer import Qwen3
 from jorch.rl.losses import policy_loss
@@ -85,6 +86,8 @@ for run in sys.argv[2:]:
         values |= {f"metric/{step}/{name}": np.asarray(x) for name, x in metrics.items()}
     for path, leaf in jax.tree_util.tree_leaves_with_path(model.merge(state.params, frozen)):
         values["param/" + jax.tree_util.keystr(path)] = np.asarray(leaf)
+    if low_rank:
+        values["param/probe"] = np.array(make_probe_fn(base.config, low_rank, mesh)(state.params, frozen).logprobs)
     np.savez(Path(sys.argv[1]) / f"{run}.npz", **values)
     jax.clear_caches()
 """

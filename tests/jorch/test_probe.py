@@ -1,12 +1,16 @@
 """The probe beside an export: what it says of a model is what the float64 model says."""
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from jorch.export import heads, source, weights
-from jorch.export.probe import NUM_TOKENS, make_probe
+from jorch.export.probe import NUM_TOKENS, make_probe, make_probe_fn
 from jorch.export.source import Held
+from jorch.model.lora import LoraQwen3
 from jorch.model.transformer import Qwen3
+from jorch.sections import LoraConfig
 from jorch.synth.sft import train_tokenizer
 
 # Float32 against float64 through two layers.
@@ -33,6 +37,19 @@ def test_it_scores_random_tokens_as_the_model_does(tied, tiny_config, random_par
     np.testing.assert_allclose(plain.logprobs, expected, rtol=0, atol=ATOL)
     # QK-norm's epsilon counts a little less among more dimensions.
     np.testing.assert_allclose(wide.logprobs, expected, rtol=0, atol=10 * ATOL)
+
+
+def test_an_adapter_is_scored_with_its_base(tiny_config, random_params, mesh):
+    """As the merged model's export would be, whatever the run computes in (on several devices: test_meshes.py)."""
+    base, lora = Qwen3(tiny_config(compute_dtype="bfloat16")), LoraConfig(rank=2)
+    model, frozen = LoraQwen3(base, lora), random_params(base)
+    rng = np.random.default_rng(0)
+    params = jax.tree.map(lambda x: jnp.asarray(rng.normal(0, 0.1, x.shape), x.dtype), model.abstract_params())
+    found = make_probe_fn(base.config, lora, mesh)(params, frozen)
+    expected = make_probe(base.config, Held(model.merge(params, frozen)))
+    assert found.token_ids == expected.token_ids
+    np.testing.assert_allclose(found.logprobs, expected.logprobs, rtol=0, atol=ATOL)
+    assert np.abs(np.subtract(found.logprobs, make_probe(base.config, Held(frozen)).logprobs)).max() > 0.1
 
 
 def test_a_stored_checkpoint_is_the_same_source(tiny_config, random_params, mesh, tmp_path, monkeypatch):

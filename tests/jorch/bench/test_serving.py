@@ -26,6 +26,7 @@ def test_exports_pushes_and_the_client(tmp_path, monkeypatch):
     assert all(min(f["values"]) > 0 for name, f in found.items() if "costs" not in name)
     push = found["push of base to one server, s"]
     assert len(push["values"]) == 2
+    assert len(found["push of an adapter (rank 16) of base to one server, s"]["values"]) == 2
     assert push["met"] == (push["median"] <= 0.5)
 
 

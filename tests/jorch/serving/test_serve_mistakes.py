@@ -69,6 +69,11 @@ def test_weight_updates_stay_on_loopback(line, model):
     )
 
 
+def test_adapters_come_from_runs(line, model):
+    assert line(model, "--lora-rank", "8") == "--lora-rank is for adapters that a run pushes: it needs --rl"
+    assert line(model, "--rl", "--lora-rank", "1000") == "--lora-rank 1000: vLLM takes adapters of rank 512 at most"
+
+
 def test_a_damaged_probe(line, model):
     (model / "jorch.json").write_text("{")
     assert "jorch.json: not readable" in line(model)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from jorch.serving.worker.jorch_vllm_worker import WorkerExtension, difference, tensors_of
+from jorch.serving.worker.jorch_vllm_worker import WorkerExtension, adapter_difference, difference, tensors_of
 
 SHAPES = {"a": (2, 3), "b": (4,)}
 
@@ -66,3 +66,32 @@ def test_a_refusal_leaves_the_running_model_alone(tmp_path):
     write(other / "model.safetensors", {"a": (2, 3)})
     assert worker.jorch_reload(str(other)) == {"ok": False, "error": "1 tensor(s) missing, first 'b'"}
     assert worker.reloaded == []
+
+
+BASE = {
+    "model.embed_tokens.weight": (9, 6),
+    "model.layers.0.self_attn.q_proj.weight": (4, 6),
+    "model.layers.0.mlp.down_proj.weight": (6, 8),
+    "model.layers.0.input_layernorm.weight": (6,),
+}
+ADAPTER = {
+    "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight": (2, 6),
+    "base_model.model.model.layers.0.self_attn.q_proj.lora_B.weight": (4, 2),
+}
+
+
+def test_an_adapter_must_be_whole_and_of_the_running_model(tmp_path):
+    def problem(shapes, rank=2, targets=("q_proj",), max_rank=8):
+        (tmp_path / "adapter_config.json").write_text(json.dumps({"r": rank, "target_modules": targets}))
+        write(tmp_path / "adapter_model.safetensors", shapes)
+        return adapter_difference(BASE, tmp_path, max_rank)
+
+    q = "base_model.model.model.layers.0.self_attn.q_proj"
+    assert problem(ADAPTER) is None
+    assert problem({f"{q}.lora_A.weight": (2, 6)}) == f"1 tensor(s) missing, first '{q}.lora_B.weight'"
+    assert problem(ADAPTER, targets=("q_proj", "down_proj")).startswith("2 tensor(s) missing, first 'base_model.model")
+    assert problem(ADAPTER, targets=()).startswith("2 tensor(s) too many, first ")
+    assert problem(ADAPTER | {f"{q}.lora_B.weight": (5, 2)}) == (
+        f"tensor '{q}.lora_B.weight' has shape (5, 2), the running model (4, 2)"
+    )
+    assert problem(ADAPTER, max_rank=1) == "the adapter has rank 2, the server was started for 1 at most"
