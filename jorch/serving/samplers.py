@@ -2,7 +2,7 @@
 
 import shutil
 from collections.abc import Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 
 import jax
@@ -68,9 +68,13 @@ def make_sampler(
 
 
 def _take_adapters(urls: Sequence[str]) -> bool:
-    """Whether all servers were started for adapters. Raises ValueError where only some were."""
-    without = [url for url in urls if control.BASE not in control.models(url)]
-    if without and len(without) < len(urls):
+    """Whether the servers that answer were started for adapters. Raises ValueError where only some were."""
+    takes: dict[str, bool] = {}
+    for url in urls:
+        with suppress(ConnectionError):  # the first push leaves it out
+            takes[url] = control.BASE in control.models(url)
+    without = [url for url, does in takes.items() if not does]
+    if without and len(without) < len(takes):
         raise ValueError(f"vLLM at {without[0]} takes no adapters, others do: start all with --lora-rank, or none")
     if without:
         print(f"vLLM at {without[0]} takes no adapters (jorch serve --lora-rank): merged weights are pushed")
