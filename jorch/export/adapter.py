@@ -34,11 +34,15 @@ def save(
     base: str,
     expected: probe.Probe | None = None,
     facts: Mapping[str, Any] | None = None,
+    *,
+    durable: bool = True,
 ) -> None:
     """Write the adapter's parameters (of `flat_adapter`'s names) and PEFT's description of them, whole or not at all.
 
     They are held in memory once. `base` is where the frozen weights are, as PEFT's `base_model_name_or_path`. With
-    `expected` also `jorch.json`: this probe and the `facts`. Raises OSError naming `folder`.
+    `expected` also `jorch.json`: this probe and the `facts`. `durable`: as `hf.replaced`.
+
+    Raises OSError naming `folder`.
     """
     tensors: dict[str, np.ndarray] = {}
     for flat_name, index in in_layers(source):
@@ -48,7 +52,7 @@ def save(
         # [in..., R] and [R, out...] to torch's [out, in].
         x = x.reshape(-1, lora.rank) if half == "a" else x.reshape(lora.rank, -1)
         tensors[f"{module}.lora_{half.upper()}.weight"] = np.ascontiguousarray(x.T)
-    with hf.replaced(folder) as written:
+    with hf.replaced(folder, durable=durable) as written:
         save_file(tensors, written / WEIGHTS, {"format": "pt"})
         (written / CONFIG).write_text(json.dumps(_description(lora, base), indent=2) + "\n")
         if expected is not None:

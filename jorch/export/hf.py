@@ -1,6 +1,7 @@
 """A folder as Hugging Face keeps models: config.json and tokenizer here, the tensors in `tensors.py`."""
 
 import json
+import os
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -67,13 +68,15 @@ def write(
     source: Source,
     tokenizer: Tokenizer,
     facts: Mapping[str, Any] | None = None,
+    *,
+    durable: bool = True,
 ) -> None:
     """Write `config.json`, `model.safetensors` and the tokenizer into `folder`, which they replace.
 
-    With `facts`, which may be empty, also `jorch.json`: these and the probe.
-    The folder appears whole or not at all: it is written beside its place and renamed. Raises OSError naming it.
+    With `facts`, which may be empty, also `jorch.json`: these and the probe. The folder appears whole or not at all:
+    as `replaced`. Raises OSError naming it.
     """
-    with replaced(folder) as partial:
+    with replaced(folder, durable=durable) as partial:
         tensors.save(partial, source)
         write_architecture(partial, config, tokenizer)
         if facts is not None:
@@ -87,8 +90,12 @@ def save_architecture(run_folder: Path, config: ModelConfig, tokenizer: Tokenize
 
 
 @contextmanager
-def replaced(folder: Path) -> Iterator[Path]:
-    """A new folder that takes the place of `folder` at the end, and leaves nothing behind after a failure."""
+def replaced(folder: Path, *, durable: bool = True) -> Iterator[Path]:
+    """A new folder that takes the place of `folder` at the end, and leaves nothing behind after a failure.
+
+    It is written beside its place and renamed. If `durable`, that is after all of it has reached the disk, so that not
+    even a power cut leaves half of it under its name.
+    """
     folder = folder.absolute()
     partial = folder.with_name(f".{folder.name}.partial")
     with naming(folder):
@@ -96,11 +103,24 @@ def replaced(folder: Path) -> Iterator[Path]:
         partial.mkdir(parents=True)
         try:
             yield partial
+            if durable:
+                for path in (*partial.rglob("*"), partial):
+                    _sync(path)
             if folder.exists():
                 shutil.rmtree(folder)
             partial.rename(folder)
+            if durable:
+                _sync(folder.parent)
         finally:
             shutil.rmtree(partial, ignore_errors=True)
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def write_architecture(folder: Path, config: ModelConfig, tokenizer: Tokenizer) -> None:

@@ -109,10 +109,13 @@ class Weights:
         target, facts = self._folder / f"v{version}", {"policy_version": version}
         if isinstance(published, Adapter):
             _, served = self._as_served(Held(flat_adapter(published.params)))
-            adapter.save(target, published.lora, served, str(self._folder / _BASE), published.probe, facts)
+            adapter.save(
+                target, published.lora, served, str(self._folder / _BASE), published.probe, facts, durable=False
+            )
             return target
         config, served = self._as_served(Held(published))
-        hf.write(target, config, served, self._start.tokenizer, facts)
+        # Not durable: after a power cut the trainer writes them again.
+        hf.write(target, config, served, self._start.tokenizer, facts, durable=False)
         return target
 
     def write_base(self, params: Params) -> Path:

@@ -204,6 +204,32 @@ class FullDisk:
         raise OSError(28, "No space left on device")
 
 
+@pytest.mark.parametrize("durable", [True, False])
+def test_a_folder_reaches_the_disk_before_it_gets_its_name(durable, exported, tmp_path, monkeypatch):
+    """Every file and the folder, then the rename, then the folder's parent."""
+    events, rename = [], Path.rename
+
+    def fsync(descriptor):
+        events.append(Path(f"/proc/self/fd/{descriptor}").readlink())
+
+    def renamed(path, target):
+        events.append("renamed")
+        return rename(path, target)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    monkeypatch.setattr(Path, "rename", renamed)
+    with hf.replaced(tmp_path / "out", durable=durable) as partial:
+        (partial / "inner").mkdir()
+        for name in ("a", "inner/b"):
+            (partial / name).write_text(name)
+    if durable:
+        *before, renaming, parent = events
+        assert {*before} == {partial, partial / "a", partial / "inner", partial / "inner/b"}
+        assert (renaming, parent) == ("renamed", tmp_path)
+    else:
+        assert events == ["renamed"]
+
+
 def test_a_save_that_fails_leaves_the_old_folder_whole(exported, mesh, tmp_path):
     model, params, _ = exported
     folder = tmp_path / "model"
