@@ -108,10 +108,9 @@ class Weights:
         """A whole model, or an adapter of the base that servers hold. Raises OSError naming the folder."""
         target, facts = self._folder / f"v{version}", {"policy_version": version}
         if isinstance(published, Adapter):
-            _, served = self._as_served(Held(flat_adapter(published.params)))
-            adapter.save(
-                target, published.lora, served, str(self._folder / _BASE), published.probe, facts, durable=False
-            )
+            params, lora, expected = published
+            _, served = self._as_served(Held(flat_adapter(params)))
+            adapter.save(target, lora, served, str(self._folder / _BASE), expected, facts, durable=False)
             return target
         config, served = self._as_served(Held(published))
         # Not durable: after a power cut the trainer writes them again.

@@ -1,7 +1,9 @@
 """Parameters to safetensors and back bit by bit; what does not fit is one line and leaves nothing behind."""
 
 import json
+import os
 import shutil
+from pathlib import Path
 
 import jax
 import ml_dtypes
@@ -205,7 +207,7 @@ class FullDisk:
 
 
 @pytest.mark.parametrize("durable", [True, False])
-def test_a_folder_reaches_the_disk_before_it_gets_its_name(durable, exported, tmp_path, monkeypatch):
+def test_a_folder_reaches_the_disk_before_it_gets_its_name(durable, tmp_path, monkeypatch):
     """Every file and the folder, then the rename, then the folder's parent."""
     events, rename = [], Path.rename
 
