@@ -83,8 +83,6 @@ def _pallas_mosaic_gpu_refusal(request: Request) -> str | None:
         return f"it needs a Hopper GPU, as H100 and H200 are, and the device is {request.target.kind}"
     if request.target.split:
         return _SPLIT
-    if request.window is not None:
-        return "it serves no window"
     if request.dtype == "float32":
         return "it serves bfloat16 and float16, and the inputs are float32"
     if request.head_dim not in (64, 128):
