@@ -7,6 +7,7 @@ length; `stages` may be left out, and only the Hopper gradients have them.
 
 import functools
 import json
+import math
 from pathlib import Path
 from typing import NamedTuple
 
@@ -23,6 +24,11 @@ class Blocks(NamedTuple):
     q: int
     k: int
     stages: int = 4
+
+    def within(self, block: int) -> "Blocks":
+        """The nearest to these where queries lie in pieces of `block` tokens: a tile holds queries of one piece."""
+        q = math.gcd(self.q, block)
+        return self._replace(q=q, k=self.k if self.k % q == 0 else math.gcd(self.k, q))
 
 
 def blocks(target: Target, num_tokens: int, files: tuple[Path, ...] = (USER_FILE, SHIPPED_FILE)) -> Blocks:

@@ -65,7 +65,8 @@ def packed_rows(mask_BT: jax.Array, head_dim: int, mesh: Mesh | None) -> PackedR
     order_BI = balanced_order(mask_BT, num_shards, block=_block(mask_BT.shape[1], num_shards))
 
     def attend(q_BTNH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array) -> jax.Array:
-        return context_attention(q_BTNH, k_BTKH, v_BTKH, end_BS=mask_BT, order_BI=order_BI, scale=scale, mesh=mesh)
+        lies = {"mesh": mesh, "rows": RULES["rows"], "heads": RULES["heads"]}
+        return context_attention(q_BTNH, k_BTKH, v_BTKH, end_BS=mask_BT, order_BI=order_BI, scale=scale, **lies)
 
     return PackedRows(attend, order_BI, mesh)
 

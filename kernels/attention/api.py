@@ -87,7 +87,7 @@ def attention(
     Raises:
         ValueError: shapes, dtypes or numbers that do not fit, or an implementation that cannot serve the request.
     """
-    _check(q_BTNH, k_BSKH, v_BSKH, mask, softcap, window)
+    check(q_BTNH, k_BSKH, v_BSKH, mask, softcap, window)
     window = mask.window if isinstance(mask, TiledMask) else window
     path, reason = choose(implementation, _request(q_BTNH, mask, softcap, window, return_lse))
     log_once(path, reason)
@@ -176,7 +176,8 @@ def _ends(mask: Mask, q_BTNH: jax.Array) -> jax.Array:
     return mask.end_BS[:, :T] if isinstance(mask, TiledMask) else mask
 
 
-def _check(q: jax.Array, k: jax.Array, v: jax.Array, mask: Mask, softcap: float | None, window: int | None) -> None:
+def check(q: jax.Array, k: jax.Array, v: jax.Array, mask: Mask, softcap: float | None, window: int | None) -> None:
+    """Raises ValueError for arguments that no path of `attention` serves."""
     B, T, N, H = q.shape
     K = k.shape[2]
     if k.shape != (B, T, K, H) or v.shape != k.shape:

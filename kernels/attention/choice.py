@@ -29,11 +29,15 @@ class Request(NamedTuple):
     block_q: int
     block_k: int
     target: Target
+    num_queries: int | None = None
+    """Queries at hand where devices share rows; None = all of them."""
 
 
 def refusal(implementation: Implementation, request: Request) -> str | None:
     """Why a path cannot serve a request; None where it can."""
     match implementation:
+        case "reference" if request.num_queries is not None:
+            return "it serves whole rows, and devices share these"
         case "cudnn":
             return _cudnn_refusal(request)
         case "pallas_tpu":
@@ -62,15 +66,13 @@ def _pallas_tpu_refusal(request: Request) -> str | None:
         return f"it needs a TPU and the backend is {request.target.backend}"
     if request.target.split:
         return _SPLIT
-    if request.window is not None:
-        return "it serves no window"
     if request.dtype == "float16":
         return "it serves float32 and bfloat16, and the inputs are float16"
     if request.head_dim % 64 or request.head_dim > 256:
         return f"it serves head dims of 64, 128, 192 and 256, and H={request.head_dim}"
     if request.block_q % 128 or request.block_k % 128:
         return f"its tiles are multiples of 128, and the mask's are {request.block_q} x {request.block_k}"
-    visits = pallas_tpu.num_visits(request.num_tokens, request.block_q, request.block_k)
+    visits = pallas_tpu.num_visits(request.num_tokens, request.block_q, request.block_k, request.num_queries)
     if visits > pallas_tpu.MOST_VISITS:
         return f"the row has {visits:,} tiles, and the list holds {pallas_tpu.MOST_VISITS:,}: tile with larger blocks"
     return None
@@ -81,8 +83,6 @@ def _pallas_mosaic_gpu_refusal(request: Request) -> str | None:
         return f"it needs a Hopper GPU, as H100 and H200 are, and the device is {request.target.kind}"
     if request.target.split:
         return _SPLIT
-    if request.window is not None:
-        return "it serves no window"
     if request.dtype == "float32":
         return "it serves bfloat16 and float16, and the inputs are float32"
     if request.head_dim not in (64, 128):
@@ -112,7 +112,7 @@ def choose(implementation: Implementation, request: Request) -> tuple[Implementa
         if reason:
             raise ValueError(f"implementation={implementation!r} cannot serve this: {reason}")
         return implementation, "asked for"
-    if request.num_tokens <= SHORT_TOKENS:
+    if request.num_tokens <= SHORT_TOKENS and not refusal("reference", request):
         return "reference", f"rows of {request.num_tokens} tokens are at most one tile of {SHORT_TOKENS}"
     refused = ""
     for path, reason in _FAST[request.target.backend]:
@@ -131,7 +131,8 @@ def _fault(path: Implementation, request: Request) -> str | None:
     """What a trial on this device has against a path; nothing where the program is meant for another device."""
     if path not in _TRIED or request.target.kind != jax.local_devices()[0].device_kind:
         return None
-    return trial.fault(_TRIED[path], request.head_dim, request.dtype, request.softcap, request.block_q, request.block_k)
+    form = trial.Form(request.block_q, request.block_k, request.window is not None, request.num_queries is not None)
+    return trial.fault(_TRIED[path], request.head_dim, request.dtype, request.softcap, form)
 
 
 _FAST: dict[str, list[tuple[Implementation, str]]] = {

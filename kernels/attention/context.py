@@ -16,14 +16,19 @@ import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import Mesh, PartitionSpec
 
-from kernels.attention import xla_chunked
-from kernels.attention.api import SAVED_NAME
+from kernels.attention.api import BY_TILES, SAVED_NAME, check
+from kernels.attention.choice import Implementation, Request, choose, log_once
 from kernels.attention.gradient import delta
 from kernels.attention.reference import depths
 from kernels.attention.tiles import TiledMask, active_tiles, tile
+from kernels.compat import target
+from kernels.tuning import Blocks, blocks
 
 BLOCK = 256
-"""Tokens of a tile, queries and keys alike."""
+"""Tokens of a piece that stays together, a tile of `balanced_order`; the kernels' tiles of queries divide it."""
+
+Axes = str | tuple[str, ...] | None
+"""Mesh axes that shard one axis of an array."""
 
 
 def balanced_order(end_BT: Any, num_devices: int, *, window: int | None = None, block: int = BLOCK) -> jax.Array:
@@ -82,21 +87,28 @@ def context_attention(
     scale: float,
     mesh: Mesh,
     axis: str = "context",
+    rows: Axes = None,
+    heads: Axes = None,
     softcap: float | None = None,
     window: int | None = None,
+    implementation: Implementation = "auto",
 ) -> jax.Array:
     """`attention` of rows whose tokens lie over a mesh axis in balanced order; differentiable in q, k and v.
 
+    Every device of the mesh attends by itself for its own queries: XLA could not split a Pallas kernel.
+
     Args:
         q_BTNH: in the order of `order_BI`, as k, v and the result are.
-        end_BS: i32, the mask in the rows' own order, whole on every device.
+        end_BS: i32, the mask in the rows' own order, whole along `axis`.
         order_BI: i32 of `balanced_order`, on the same mesh; the number of its tiles sets their size.
-        mesh: other axes may shard rows and heads.
+        rows: the mesh axes that shard rows.
+        heads: those that shard heads, of queries and of keys alike.
+        implementation: as in `attention`, one that goes tile by tile.
 
     Raises:
-        ValueError: rows or tiles that do not divide over the axis, or an unknown axis.
+        ValueError: what `attention` refuses, rows or tiles that do not divide over the axis, or an unknown axis.
     """
-    (B, T), num_tiles = q_BTNH.shape[:2], order_BI.shape[1]
+    (B, T, _, H), num_tiles = q_BTNH.shape, order_BI.shape[1]
     if axis not in mesh.shape:
         raise ValueError(f"axis={axis!r}; allowed: the mesh's axes, {', '.join(map(repr, mesh.shape))}")
     if end_BS.shape != (B, T) or order_BI.shape[0] != B or T % num_tiles or num_tiles % mesh.shape[axis]:
@@ -104,9 +116,26 @@ def context_attention(
             f"end must be [B={B}, T={T}] and order [B={B}, tiles], T a multiple of tiles and tiles a multiple of "
             f"{axis}={mesh.shape[axis]}; got {end_BS.shape} and {order_BI.shape}"
         )
-    static = _Static(mesh, axis, T // num_tiles, scale, softcap, window)
-    outputs: Any = _attend(q_BTNH, k_BSKH, v_BSKH, end_BS, order_BI, static)
+    check(q_BTNH, k_BSKH, v_BSKH, end_BS, softcap, window)
+    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+        here = target()._replace(split=False)
+    sizes, num_queries = blocks(here, T).within(T // num_tiles), T // mesh.shape[axis]
+    request = Request(T, H, str(q_BTNH.dtype), False, window, softcap, False, sizes.q, sizes.k, here, num_queries)
+    path, reason = choose(implementation, request)
+    log_once(path, reason)
+    specs = _Specs(*(PartitionSpec(*of) for of in ((rows, axis, heads), (rows,), (rows, axis))))
+    outputs: Any = _attend(
+        q_BTNH, k_BSKH, v_BSKH, end_BS, order_BI, _Static(mesh, axis, specs, path, sizes, scale, softcap, window)
+    )
     return outputs
+
+
+class _Specs(NamedTuple):
+    """How arrays lie on the mesh."""
+
+    heads: PartitionSpec  # [B, T, N, ...]
+    end: PartitionSpec  # [B, S]
+    order: PartitionSpec  # [B, I]
 
 
 class _Static(NamedTuple):
@@ -114,25 +143,31 @@ class _Static(NamedTuple):
 
     mesh: Mesh
     axis: str
-    block: int
+    specs: _Specs
+    path: str
+    blocks: Blocks
     scale: float
     softcap: float | None
     window: int | None
 
     def on_devices(self, function: Callable[..., Any], num_arguments: int, num_results: int) -> Callable[..., Any]:
-        """`function` on each device's part of the tokens, the second axis of everything but of its first argument."""
-        spread, whole = PartitionSpec(None, self.axis), PartitionSpec()
+        """`function` of (end, order, arrays [B, T, N, ...] ...) on each device's part of them."""
+        heads, end, order = self.specs
         return jax.shard_map(
             function,
             mesh=self.mesh,
-            in_specs=(whole, *[spread] * num_arguments),
-            out_specs=(spread,) * num_results,
-            axis_names={self.axis},
+            in_specs=(end, order, *[heads] * num_arguments),
+            out_specs=(heads,) * num_results,
             check_vma=False,
         )
 
-    def tiled(self, end_BS: jax.Array, place_BI: jax.Array) -> TiledMask:
-        return tile(end_BS, window=self.window, block_q=self.block, block_k=self.block, place_BI=place_BI)
+    def tiled(self, end_BS: jax.Array, order_BI: jax.Array, num_queries: int) -> TiledMask:
+        """The mask of the queries at hand, `order` cut into the kernels' tiles."""
+        block_q, block_k, stages = self.blocks
+        num_parts = num_queries // order_BI.shape[1] // block_q
+        place_BI = (order_BI[..., None] * num_parts + jnp.arange(num_parts)).reshape(len(order_BI), -1)
+        sizes = {"block_q": block_q, "block_k": block_k, "stages": stages}
+        return tile(end_BS, window=self.window, **sizes, place_BI=place_BI.astype(jnp.int32))
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(5,))
@@ -144,41 +179,41 @@ def _attend(q: jax.Array, k: jax.Array, v: jax.Array, end: jax.Array, order: jax
 def _attend_forward(
     q: jax.Array, k: jax.Array, v: jax.Array, end: jax.Array, order: jax.Array, static: _Static
 ) -> tuple[jax.Array, tuple]:
-    def of_device(end: jax.Array, place: jax.Array, q: jax.Array, k: jax.Array, v: jax.Array) -> tuple:
-        mask = static.tiled(end, place)
-        k, v = (_gather(x, place, static.axis) for x in (k, v))
-        return xla_chunked.forward(q, k, v, mask, static.scale, static.softcap)
+    def of_device(end: jax.Array, order: jax.Array, q: jax.Array, k: jax.Array, v: jax.Array) -> tuple:
+        mask = static.tiled(end, order, q.shape[1])
+        k, v = (_gather(x, order, static.axis) for x in (k, v))
+        return BY_TILES[static.path].forward(q, k, v, mask, static.scale, static.softcap)
 
-    o, lse = checkpoint_name(static.on_devices(of_device, 4, 2)(end, order, q, k, v), SAVED_NAME)
+    o, lse = checkpoint_name(static.on_devices(of_device, 3, 2)(end, order, q, k, v), SAVED_NAME)
     return o, (q, k, v, end, order, o, lse)
 
 
 def _attend_backward(static: _Static, saved: tuple, do: jax.Array) -> tuple:
-    def of_device(end: jax.Array, place: jax.Array, *tokens: jax.Array) -> tuple:
+    def of_device(end: jax.Array, order: jax.Array, *tokens: jax.Array) -> tuple:
         q, k, v, o, lse, do = tokens
-        mask = static.tiled(end, place)
-        whole_k, whole_v = (_gather(x, place, static.axis) for x in (k, v))
-        dq, dk, dv = xla_chunked.backward(
+        mask = static.tiled(end, order, q.shape[1])
+        whole_k, whole_v = (_gather(x, order, static.axis) for x in (k, v))
+        dq, dk, dv = BY_TILES[static.path].backward(
             q, whole_k, whole_v, mask, static.scale, static.softcap, lse, do, delta(o, do, jnp.zeros_like(lse))
         )
-        dk, dv = (_scatter_sum(x, place, static.axis) for x in (dk, dv))
+        dk, dv = (_scatter_sum(x, order, static.axis) for x in (dk, dv))
         return dq.astype(q.dtype), dk.astype(k.dtype), dv.astype(v.dtype)
 
     q, k, v, end, order, o, lse = saved
-    dq, dk, dv = static.on_devices(of_device, 7, 3)(end, order, q, k, v, o, lse, do)
+    dq, dk, dv = static.on_devices(of_device, 6, 3)(end, order, q, k, v, o, lse, do)
     return dq, dk, dv, None, None
 
 
 _attend.defvjp(_attend_forward, _attend_backward)
 
 
-def _gather(x_BTKH: jax.Array, place_BI: jax.Array, axis: str) -> jax.Array:
+def _gather(x_BTKH: jax.Array, order_BI: jax.Array, axis: str) -> jax.Array:
     """Of all devices together, in the rows' own order."""
-    x_BSKH, order_BI = (jax.lax.all_gather(x, axis, axis=1, tiled=True) for x in (x_BTKH, place_BI))
-    return reorder(x_BSKH, order_BI, inverse=True)
+    x_BSKH, whole_order_BI = (jax.lax.all_gather(x, axis, axis=1, tiled=True) for x in (x_BTKH, order_BI))
+    return reorder(x_BSKH, whole_order_BI, inverse=True)
 
 
-def _scatter_sum(x_BSKH: jax.Array, place_BI: jax.Array, axis: str) -> jax.Array:
+def _scatter_sum(x_BSKH: jax.Array, order_BI: jax.Array, axis: str) -> jax.Array:
     """The sum over devices, to each the tokens that it holds."""
-    order_BI = jax.lax.all_gather(place_BI, axis, axis=1, tiled=True)
-    return jax.lax.psum_scatter(reorder(x_BSKH, order_BI), axis, scatter_dimension=1, tiled=True)
+    whole_order_BI = jax.lax.all_gather(order_BI, axis, axis=1, tiled=True)
+    return jax.lax.psum_scatter(reorder(x_BSKH, whole_order_BI), axis, scatter_dimension=1, tiled=True)

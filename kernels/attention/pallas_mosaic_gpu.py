@@ -6,8 +6,8 @@ query tile; the gradients of k and v own a key tile and work on transposed score
 Both backward kernels recompute the weights from the saved log-sum-exp (FlashAttention-2, arXiv 2307.08691) and share
 nothing, so that the result is the same at every run.
 
-Letters: T = S positions, N query heads, K key-value heads, G = N / K, H head dim, I query tiles, J key tiles, R rows of
-a warpgroup, C rows of what it streams past them.
+Letters: T queries at hand, S positions of a row, N query heads, K key-value heads, G = N / K, H head dim, I query
+tiles, J key tiles, R rows of a warpgroup, C rows of what it streams past them.
 """
 
 import math
@@ -60,6 +60,12 @@ class _Rule:
     stages: int
     """How much of what is streamed is in shared memory or on its way: tiles forward, halves of them backward."""
     interpreted: bool
+    window: int | None
+
+    @property
+    def num_sight(self) -> int:
+        """How many of a kernel's arrays tell who sees whom: ends, places of query tiles, and under a window depths."""
+        return 2 if self.window is None else 3
 
     def laid_out(self, x: jax.Array, layout: Any) -> jax.Array:
         return x if self.interpreted else plgpu.layout_cast(x, layout)
@@ -110,13 +116,48 @@ class _Rule:
             return self.scale
         return self.scale - self.scale * jnp.square(scores * (1 / (self.softcap * _LOG2_E)))
 
-    def where_visible(self, full: Any, scores: jax.Array, seen: Callable[[], jax.Array]) -> jax.Array:
-        """Scores, those of invisible pairs far below all others; `seen` runs only where the tile is not all visible."""
-        return lax.cond(full, lambda: scores, lambda: jnp.where(seen(), scores, -_INVISIBLE))
+    def where_visible(self, full: Any, scores: jax.Array, tests: list[Callable[[], jax.Array]]) -> jax.Array:
+        """Scores, those of invisible pairs far below all others; tests run only where the tile is not all visible.
+
+        One after another: together they would need more registers than there are.
+        """
+        for seen in tests:
+            scores = lax.cond(
+                full,
+                lambda scores=scores: scores,
+                lambda scores=scores, seen=seen: jnp.where(seen(), scores, -_INVISIBLE),
+            )
+        return scores
 
     def positions(self, first: Any, shape: tuple[int, int], axis: int) -> jax.Array:
         found = lax.broadcasted_iota(jnp.int32, shape, axis)
         return self.laid_out(found, _WGMMA) + first
+
+    def tests(
+        self, sight: Any, b: Any, first_q: Callable[[], Any], first_k: Any, shape: tuple[int, int], query_axis: int
+    ) -> list[Callable[[], jax.Array]]:
+        """What a visible pair passes, each a bool array.
+
+        Queries lie along `query_axis`, from position `first_q` of their row on, which is read only where it is needed.
+        """
+        end, _, *depths = sight
+        layouts, window = (_OF_ROWS, _OF_COLUMNS), self.window
+
+        def along(ref: Any, first: Any, axis: int) -> jax.Array:
+            return _across(self.load(ref.at[b, pl.ds(first, shape[axis])], layouts[axis]), shape, axis)
+
+        def seen() -> jax.Array:
+            q, k = self.positions(first_q(), shape, query_axis), self.positions(first_k, shape, 1 - query_axis)
+            return (k <= q) & (q < along(end, first_k, 1 - query_axis))
+
+        if window is None:
+            return [seen]
+        (depth,) = depths
+
+        def near() -> jax.Array:
+            return along(depth, first_q(), query_axis) - along(depth, first_k, 1 - query_axis) < window
+
+        return [seen, near]
 
     def shared(self, *shape: int) -> Any:
         """Shared memory that products and copies can both use."""
@@ -153,7 +194,8 @@ def _store(smem: Any, x: jax.Array, gmem: Any) -> None:
 
 
 def _forward_kernel(rule: _Rule, *refs: Any) -> None:
-    q, k, v, end, tiles, counts, o, lse, q_s, k_s, v_s, lse_s, q_ready, k_ready, v_ready, free = refs
+    sight, refs = refs[: rule.num_sight], refs[rule.num_sight :]
+    q, k, v, tiles, counts, o, lse, q_s, k_s, v_s, lse_s, q_ready, k_ready, v_ready, free = refs
     b, n, i, wg = (lax.axis_index(name) for name in ("row", "head", "tile", "warpgroup"))
     num_steps, shape = counts[b, i], (_R, BLOCK)
 
@@ -170,14 +212,11 @@ def _forward_kernel(rule: _Rule, *refs: Any) -> None:
             slot, code = lax.rem(at, jnp.int32(rule.stages)), tiles[b, i, at]
             first_k = lax.shift_right_logical(code, jnp.int32(1)) * BLOCK
 
-            def seen_RC() -> jax.Array:
-                end_RC = _across(rule.load(end.at[b, pl.ds(first_k, BLOCK)], _OF_COLUMNS), shape, 1)
-                q_RC, k_RC = rule.positions(first_q, shape, 0), rule.positions(first_k, shape, 1)
-                return (k_RC <= q_RC) & (q_RC < end_RC)
+            tests = rule.tests(sight, b, lambda: sight[1][b, i] * BLOCK + wg * _R, first_k, shape, 0)
 
             plgpu.barrier_wait(k_ready.at[slot])
             full = lax.rem(code, jnp.int32(2)) == 1
-            s_RC = rule.where_visible(full, rule.capped(rule.product(own_q, k_s.at[slot])), seen_RC)
+            s_RC = rule.where_visible(full, rule.capped(rule.product(own_q, k_s.at[slot])), tests)
             # Not below the half of what stands for invisible: a row that sees nothing keeps weights of 0.
             new_top_R = jnp.maximum(top_R, s_RC.max(axis=1))
             p_RC, shrink_R = jnp.exp2(s_RC - _across(new_top_R, shape, 0)), jnp.exp2(top_R - new_top_R)
@@ -222,7 +261,8 @@ def _load_rows(wg: Any, sources: tuple, kept: tuple, ready: Any) -> list[Any]:
 
 
 def _dq_kernel(rule: _Rule, *refs: Any) -> None:
-    q, k, v, do, end, lse, delta, tiles, counts, dq, q_s, do_s, k_s, v_s, rows_ready, ready, free = refs
+    sight, refs = refs[: rule.num_sight], refs[rule.num_sight :]
+    q, k, v, do, lse, delta, tiles, counts, dq, q_s, do_s, k_s, v_s, rows_ready, ready, free = refs
     b, n, i, wg = (lax.axis_index(name) for name in ("row", "head", "tile", "warpgroup"))
     num_steps, shape = counts[b, i] * _PARTS, (_R, _C)
 
@@ -243,13 +283,10 @@ def _dq_kernel(rule: _Rule, *refs: Any) -> None:
             slot, first_k = lax.rem(at, jnp.int32(rule.stages)), first_key(at)
             full = lax.rem(tiles[b, i, lax.div(at, jnp.int32(_PARTS))], jnp.int32(2)) == 1
 
-            def seen_RC() -> jax.Array:
-                end_RC = _across(rule.load(end.at[b, pl.ds(first_k, _C)], _OF_COLUMNS), shape, 1)
-                q_RC, k_RC = rule.positions(first_q, shape, 0), rule.positions(first_k, shape, 1)
-                return (k_RC <= q_RC) & (q_RC < end_RC)
+            tests = rule.tests(sight, b, lambda: sight[1][b, i] * BLOCK + wg * _R, first_k, shape, 0)
 
             plgpu.barrier_wait(ready.at[slot])
-            s_RC = rule.where_visible(full, rule.capped(rule.product(own_q, k_s.at[slot])), seen_RC)
+            s_RC = rule.where_visible(full, rule.capped(rule.product(own_q, k_s.at[slot])), tests)
             p_RC = jnp.exp2(s_RC - _across(lse_R, shape, 0)) * rule.slope(s_RC)
             ds_RC = p_RC * rule.product(own_do, v_s.at[slot], less=_across(delta_R, shape, 0))
             dq_RH = rule.add_product(dq_RH, ds_RC, k_s.at[slot])
@@ -272,7 +309,8 @@ def _dq_kernel(rule: _Rule, *refs: Any) -> None:
 
 
 def _dkv_kernel(rule: _Rule, *refs: Any) -> None:
-    q, k, v, do, end, lse, delta, tiles, counts, dk, dv, *scratch = refs
+    sight, refs = refs[: rule.num_sight], refs[rule.num_sight :]
+    q, k, v, do, lse, delta, tiles, counts, dk, dv, *scratch = refs
     k_s, v_s, q_s, do_s, lse_s, delta_s, rows_ready, ready, free = scratch
     b, n, j, wg = (lax.axis_index(name) for name in ("row", "head", "tile", "warpgroup"))
     per_tile, shape = rule.num_groups * _PARTS, (_R, _C)
@@ -296,14 +334,15 @@ def _dkv_kernel(rule: _Rule, *refs: Any) -> None:
             dk_RH, dv_RH = carry
             slot, (first_q, _, full) = lax.rem(at, jnp.int32(rule.stages)), source(at)
 
-            def seen_RC() -> jax.Array:
-                end_RC = _across(rule.load(end.at[b, pl.ds(first_k, _R)], _OF_ROWS), shape, 0)
-                k_RC, q_RC = rule.positions(first_k, shape, 0), rule.positions(first_q, shape, 1)
-                return (k_RC <= q_RC) & (q_RC < end_RC)
+            def place() -> Any:
+                tile = sight[1][b, lax.div(first_q, jnp.int32(BLOCK))]
+                return tile * BLOCK + lax.rem(first_q, jnp.int32(BLOCK))
+
+            tests = rule.tests(sight, b, place, first_k, shape, 1)
 
             plgpu.barrier_wait(ready.at[slot])
             # The order keeps few numbers in registers: lse and delta come when needed, scores go when used.
-            s_RC = rule.where_visible(full, rule.capped(rule.product(own_k, q_s.at[slot])), seen_RC)
+            s_RC = rule.where_visible(full, rule.capped(rule.product(own_k, q_s.at[slot])), tests)
             p_RC = jnp.exp2(s_RC - _across(rule.load(lse_s.at[slot], _OF_COLUMNS), shape, 1))
             narrow_p_RC, p_RC = p_RC.astype(rule.dtype), p_RC * rule.slope(s_RC)
             dv_RH = rule.add_product(dv_RH, narrow_p_RC, do_s.at[slot])
@@ -336,15 +375,14 @@ def forward(
     q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, mask: TiledMask, scale: float, softcap: float | None
 ) -> tuple[jax.Array, jax.Array]:
     """Outputs [B, T, N, H] and log-sum-exp f32[B, T, N], as `reference.attention_with_lse`."""
-    rule = _rule(q_BTNH, k_BSKH, _FORWARD_STAGES, scale, softcap)
-    q, k, v = _padded(mask, q_BTNH, k_BSKH, v_BSKH)
-    (B, S, N, H), T = q.shape, mask.num_tokens
-    end_BS, k_lists, _ = _lists(mask)
+    rule = _rule(mask, q_BTNH, k_BSKH, _FORWARD_STAGES, scale, softcap)
+    q, k, v = _padded(_queries(mask), q_BTNH), *(_padded(mask.end_BS.shape[1], x) for x in (k_BSKH, v_BSKH))
+    (B, T, N, H), (sight, k_lists, _) = q.shape, _lists(mask)
     kernel = _kernel(
         rule,
         _forward_kernel,
-        (B, N, S // BLOCK),
-        (jax.ShapeDtypeStruct(q.shape, q.dtype), jax.ShapeDtypeStruct((B, N, S), jnp.float32)),
+        (B, N, T // BLOCK),
+        (jax.ShapeDtypeStruct(q.shape, q.dtype), jax.ShapeDtypeStruct((B, N, T), jnp.float32)),
         [
             rule.shared(2, _R, H),
             rule.shared(rule.stages, BLOCK, H),
@@ -356,8 +394,8 @@ def forward(
             plgpu.Barrier(num_barriers=rule.stages, num_arrivals=2),
         ],
     )
-    o_BSNH, lse_BNS = kernel(q, k, v, end_BS, *k_lists)
-    return o_BSNH[:, :T], lse_BNS.swapaxes(1, 2)[:, :T]
+    o_BTNH, lse_BNT = kernel(*sight, q, k, v, *k_lists)
+    return o_BTNH[:, : q_BTNH.shape[1]], lse_BNT.swapaxes(1, 2)[:, : q_BTNH.shape[1]]
 
 
 def backward(
@@ -372,13 +410,13 @@ def backward(
     delta_BTN: jax.Array,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """The gradients of q, k and v in their dtypes, given that of the outputs; `delta` as in `gradient.py`."""
-    rule = _rule(q_BTNH, k_BSKH, mask.stages, scale, softcap)
+    rule = _rule(mask, q_BTNH, k_BSKH, mask.stages, scale, softcap)
     # A row that sees nothing gets weights of 2 ** -1e15 = 0.
     lse_BTN = jnp.where(jnp.isfinite(lse_BTN), lse_BTN * _LOG2_E, _INVISIBLE)
-    q, k, v, do = _padded(mask, q_BTNH, k_BSKH, v_BSKH, do_BTNH.astype(q_BTNH.dtype))
-    numbers = [x[..., 0].swapaxes(1, 2) for x in _padded(mask, lse_BTN[..., None], delta_BTN[..., None])]
-    (B, S, N, H), K, T = q.shape, k.shape[2], mask.num_tokens
-    end_BS, k_lists, q_lists = _lists(mask)
+    q, do = (_padded(_queries(mask), x) for x in (q_BTNH, do_BTNH.astype(q_BTNH.dtype)))
+    k, v = (_padded(mask.end_BS.shape[1], x) for x in (k_BSKH, v_BSKH))
+    numbers = [_padded(_queries(mask), x[..., None])[..., 0].swapaxes(1, 2) for x in (lse_BTN, delta_BTN)]
+    (B, T, N, H), (S, K), (sight, k_lists, q_lists) = q.shape, k.shape[1:3], _lists(mask)
     rows, ring = [rule.shared(2, _R, H)] * 2, [rule.shared(rule.stages, _C, H)] * 2
     dq_type, dk_type = (jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (q, k))
 
@@ -387,17 +425,19 @@ def backward(
         free = plgpu.Barrier(num_barriers=rule.stages, num_arrivals=2)
         return [plgpu.Barrier(num_barriers=2, num_arrivals=2), ready, free]
 
-    kernel = _kernel(rule, _dq_kernel, (B, N, S // BLOCK), (dq_type,), [*rows, *ring, *barriers(2)])
-    (dq_BSNH,) = kernel(q, k, v, do, end_BS, *numbers, *k_lists)
+    kernel = _kernel(rule, _dq_kernel, (B, N, T // BLOCK), (dq_type,), [*rows, *ring, *barriers(2)])
+    (dq,) = kernel(*sight, q, k, v, do, *numbers, *k_lists)
     scratch = [*rows, *ring, *[plgpu.SMEM((rule.stages, _C), jnp.float32)] * 2, *barriers(4)]
     kernel = _kernel(rule, _dkv_kernel, (B, K, S // BLOCK), (dk_type, dk_type), scratch)
-    dk_BSKH, dv_BSKH = kernel(q, k, v, do, end_BS, *numbers, *q_lists)
-    return dq_BSNH[:, :T], dk_BSKH[:, :T], dv_BSKH[:, :T]
+    dk, dv = kernel(*sight, q, k, v, do, *numbers, *q_lists)
+    return dq[:, : q_BTNH.shape[1]], dk[:, : k_BSKH.shape[1]], dv[:, : k_BSKH.shape[1]]
 
 
-def _rule(q_BTNH: jax.Array, k_BSKH: jax.Array, stages: int, scale: float, softcap: float | None) -> _Rule:
+def _rule(
+    mask: TiledMask, q_BTNH: jax.Array, k_BSKH: jax.Array, stages: int, scale: float, softcap: float | None
+) -> _Rule:
     (N, H), K = q_BTNH.shape[2:], k_BSKH.shape[2]
-    return _Rule(scale, softcap, N // K, q_BTNH.dtype, H, stages, interpreted())
+    return _Rule(scale, softcap, N // K, q_BTNH.dtype, H, stages, interpreted(), mask.window)
 
 
 def _kernel(rule: _Rule, body: Any, grid: tuple[int, int, int], out_type: Any, scratch_types: list) -> Any:
@@ -413,17 +453,22 @@ def _kernel(rule: _Rule, body: Any, grid: tuple[int, int, int], out_type: Any, s
     )
 
 
-def _padded(mask: TiledMask, *arrays_BTNH: jax.Array) -> list[jax.Array]:
-    """Zeros up to whole tiles."""
-    room = mask.end_BS.shape[1] - mask.num_tokens
-    return [jnp.pad(x, ((0, 0), (0, room), (0, 0), (0, 0))) for x in arrays_BTNH]
+def _queries(mask: TiledMask) -> int:
+    """Queries at hand, in whole tiles."""
+    return mask.place_BI.shape[1] * BLOCK
 
 
-def _lists(mask: TiledMask) -> tuple[jax.Array, tuple, tuple]:
-    """(end i32[B, S]; of query tiles and of key tiles: (2 * tile + 1 if it is wholly visible, how many))"""
+def _padded(num_tokens: int, x_BTNH: jax.Array) -> jax.Array:
+    """Zeros up to there."""
+    return jnp.pad(x_BTNH, ((0, 0), (0, num_tokens - x_BTNH.shape[1]), (0, 0), (0, 0)))
+
+
+def _lists(mask: TiledMask) -> tuple[tuple, tuple, tuple]:
+    """(who sees whom; of query tiles and of key tiles: (2 * tile + 1 if it is wholly visible, how many))"""
 
     def coded(tiles: jax.Array, full: jax.Array) -> jax.Array:
         return 2 * tiles + jnp.take_along_axis(full, tiles, axis=2)
 
+    sight = (mask.end_BS, mask.place_BI) if mask.window is None else (mask.end_BS, mask.place_BI, mask.depth_BS)
     k_lists = (coded(mask.k_tiles_BIJ, mask.full_BIJ), mask.num_k_BI)
-    return mask.end_BS, k_lists, (coded(mask.q_tiles_BJI, mask.full_BIJ.swapaxes(1, 2)), mask.num_q_BJ)
+    return sight, k_lists, (coded(mask.q_tiles_BJI, mask.full_BIJ.swapaxes(1, 2)), mask.num_q_BJ)

@@ -8,8 +8,10 @@ The forward pass and the gradient of q visit by query tiles and keep the query t
 key tiles and work on transposed scores, so that log-sum-exp and delta are rows there. Both recompute the weights from
 the saved log-sum-exp, as FlashAttention-2 does (arXiv 2307.08691).
 
-Letters: T = S positions, N query heads, K key-value heads, G = N / K, H head dim, I query tiles, J key tiles, X queries
-of a tile, C keys of a tile, E visits.
+Where devices share rows, the query tiles at hand are some of a row's; their places come through scalar memory too.
+
+Letters: T queries at hand, S positions of a row, N query heads, K key-value heads, G = N / K, H head dim, I query
+tiles, J key tiles, X queries of a tile, C keys of a tile, E visits.
 """
 
 from collections.abc import Callable
@@ -50,12 +52,17 @@ class _Visit(NamedTuple):
         return cls(code >> (_INNER_BITS + 4), (code >> 4) & (2**_INNER_BITS - 1), *marks)
 
 
-def num_visits(num_tokens: int, block_q: int, block_k: int) -> int:
-    """The most visits that a row of `num_tokens` can need, those of a causal row: what the list has room for."""
+def num_visits(num_tokens: int, block_q: int, block_k: int, num_queries: int | None = None) -> int:
+    """The most visits that a row of `num_tokens` can need, what the list has room for.
+
+    They are those of a causal row, or of its last `num_queries`, wherever the queries at hand lie.
+    """
     S = num_tokens + -num_tokens % max(block_q, block_k)
     I, J = S // block_q, S // block_k  # noqa: E741
-    # A tile that sees nothing is visited once.
-    return max(sum(-(-(i + 1) * block_q // block_k) for i in range(I)), J)
+    num_tiles = I if num_queries is None else num_queries // block_q
+    seen = sum(-(-(i + 1) * block_q // block_k) for i in range(I - num_tiles, I))
+    # A tile that sees nothing, or that nobody sees, is visited once; in a whole row every key tile has its own queries.
+    return max(seen, J) if num_tiles == I else seen + J
 
 
 def _visits(lists: tuple[jax.Array, jax.Array], full_OI: jax.Array, room: int) -> tuple[jax.Array, jax.Array]:
@@ -85,6 +92,12 @@ class _Rule:
     scale: float
     softcap: float | None
     num_groups: int
+    window: int | None
+
+    @property
+    def num_sight(self) -> int:
+        """How many of a kernel's arrays tell who sees whom: ends, and under a window depths of keys and of queries."""
+        return 1 if self.window is None else 3
 
     def dot(self, left: jax.Array, right: jax.Array, contract: tuple[int, int]) -> jax.Array:
         """A product over one axis of each, in `right`'s dtype, summed in float32."""
@@ -101,12 +114,26 @@ class _Rule:
         """d score / d product."""
         return self.scale if self.softcap is None else self.scale * (1 - jnp.square(s / self.softcap))
 
-    def visible(self, i: jax.Array, j: jax.Array, end: jax.Array, query_axis: int) -> jax.Array:
-        """bool, queries along `query_axis` and keys along the other; `end` broadcasts along the queries."""
+    def visible(self, first_q: jax.Array, first_k: jax.Array, sight: Any, query_axis: int) -> jax.Array:
+        """bool, queries along `query_axis` and keys along the other.
+
+        Args:
+            first_q: the place of the tile's first query in its row.
+            sight: rows of the keys' ends, and under a window of the keys' and the queries' depths.
+        """
         shape = (self.block_q, self.block_k) if query_axis == 0 else (self.block_k, self.block_q)
-        q = i * self.block_q + jax.lax.broadcasted_iota(jnp.int32, shape, query_axis)
-        k = j * self.block_k + jax.lax.broadcasted_iota(jnp.int32, shape, 1 - query_axis)
-        return (k <= q) & (q < end)
+        q = first_q + jax.lax.broadcasted_iota(jnp.int32, shape, query_axis)
+        k = first_k + jax.lax.broadcasted_iota(jnp.int32, shape, 1 - query_axis)
+
+        def along(row: Any, axis: int) -> jax.Array:
+            return row[...] if axis == 1 else _column(row[...])[:, :1]
+
+        end, *depths = sight
+        seen = (k <= q) & (q < along(end, 1 - query_axis))
+        if self.window is not None:
+            of_keys, of_queries = depths
+            seen &= along(of_queries, query_axis) - along(of_keys, 1 - query_axis) < self.window
+        return seen
 
 
 def _column(row_1X: jax.Array) -> jax.Array:
@@ -120,9 +147,10 @@ def _masked_or_not(visit: _Visit, compute: Callable[[bool], None]) -> None:
     pl.when(visit.active & ~visit.full)(lambda: compute(True))
 
 
-def _forward_kernel(rule: _Rule, code_E: Any, end_1C: Any, q: Any, k: Any, v: Any, o: Any, lse: Any, *scratch: Any):
-    acc_XH, top_XL, total_XL = scratch
+def _forward_kernel(rule: _Rule, code_E: Any, place_I: Any, *refs: Any):
+    sight, (q, k, v, o, lse, acc_XH, top_XL, total_XL) = refs[: rule.num_sight], refs[rule.num_sight :]
     visit = _Visit.of(code_E[pl.program_id(1)])
+    first_q, first_k = place_I[visit.outer] * rule.block_q, visit.inner * rule.block_k
 
     @pl.when(visit.first)
     def _():
@@ -134,7 +162,7 @@ def _forward_kernel(rule: _Rule, code_E: Any, end_1C: Any, q: Any, k: Any, v: An
     def compute(masked: bool) -> None:
         s_XC = rule.capped(rule.dot(q[...], k[...], (1, 1)))
         if masked:
-            s_XC = jnp.where(rule.visible(visit.outer, visit.inner, end_1C[...], 0), s_XC, -jnp.inf)
+            s_XC = jnp.where(rule.visible(first_q, first_k, sight, 0), s_XC, -jnp.inf)
         top_X1 = top_XL[:, :1]
         new_top_X1 = jnp.maximum(top_X1, s_XC.max(1, keepdims=True))
         p_XC, shrink_X1 = jnp.exp(s_XC - new_top_X1), jnp.exp(top_X1 - new_top_X1)
@@ -153,11 +181,10 @@ def _forward_kernel(rule: _Rule, code_E: Any, end_1C: Any, q: Any, k: Any, v: An
         lse[...] = jnp.where(blind_XL, -jnp.inf, top_XL[...] + jnp.log(total)).T[:1]
 
 
-def _dq_kernel(
-    rule: _Rule, code_E: Any, end_1C: Any, q: Any, k: Any, v: Any, do: Any, lse: Any, delta: Any, dq: Any, *scratch: Any
-):
-    acc_XH, lse_XL, delta_XL = scratch
+def _dq_kernel(rule: _Rule, code_E: Any, place_I: Any, *refs: Any):
+    sight, (q, k, v, do, lse, delta, dq, acc_XH, lse_XL, delta_XL) = refs[: rule.num_sight], refs[rule.num_sight :]
     visit = _Visit.of(code_E[pl.program_id(1)])
+    first_q, first_k = place_I[visit.outer] * rule.block_q, visit.inner * rule.block_k
 
     @pl.when(visit.first)
     def _():
@@ -168,7 +195,7 @@ def _dq_kernel(
         s_XC = rule.capped(rule.dot(q[...], k[...], (1, 1)))
         p_XC = jnp.exp(s_XC - lse_XL[:, :1])
         if masked:
-            p_XC = jnp.where(rule.visible(visit.outer, visit.inner, end_1C[...], 0), p_XC, 0.0)
+            p_XC = jnp.where(rule.visible(first_q, first_k, sight, 0), p_XC, 0.0)
         dp_XC = rule.dot(do[...], v[...], (1, 1))
         ds_XC = p_XC * (dp_XC - delta_XL[:, :1]) * rule.slope(s_XC)
         acc_XH[...] += rule.dot(ds_XC, k[...], (1, 0))
@@ -180,9 +207,10 @@ def _dq_kernel(
         dq[...] = acc_XH[...].astype(dq.dtype)
 
 
-def _dkv_kernel(rule: _Rule, code_E: Any, end_1C: Any, *refs: Any):
-    q, k, v, do, lse, delta, dk, dv, dk_CH, dv_CH = refs
+def _dkv_kernel(rule: _Rule, code_E: Any, place_I: Any, *refs: Any):
+    sight, (q, k, v, do, lse, delta, dk, dv, dk_CH, dv_CH) = refs[: rule.num_sight], refs[rule.num_sight :]
     visit, group = _Visit.of(code_E[pl.program_id(1)]), pl.program_id(2)
+    first_q, first_k = place_I[visit.inner] * rule.block_q, visit.outer * rule.block_k
 
     @pl.when(visit.first & (group == 0))
     def _():
@@ -193,8 +221,7 @@ def _dkv_kernel(rule: _Rule, code_E: Any, end_1C: Any, *refs: Any):
         s_CX = rule.capped(rule.dot(k[...], q[...], (1, 1)))
         p_CX = jnp.exp(s_CX - lse[...])
         if masked:
-            end_C1 = _column(end_1C[...])[:, :1]
-            p_CX = jnp.where(rule.visible(visit.inner, visit.outer, end_C1, 1), p_CX, 0.0)
+            p_CX = jnp.where(rule.visible(first_q, first_k, sight, 1), p_CX, 0.0)
         dp_CX = rule.dot(v[...], do[...], (1, 1))
         ds_CX = p_CX * (dp_CX - delta[...]) * rule.slope(s_CX)
         dv_CH[...] += rule.dot(p_CX, do[...], (1, 0))
@@ -211,14 +238,9 @@ def forward(
     q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, mask: TiledMask, scale: float, softcap: float | None
 ) -> tuple[jax.Array, jax.Array]:
     """Outputs [B, T, N, H] and log-sum-exp f32[B, T, N], as `reference.attention_with_lse`."""
-    (T, N), K = q_BTNH.shape[1:3], k_BSKH.shape[2]
-    rule = _Rule(mask.block_q, mask.block_k, scale, softcap, N // K)
-
-    def of_row(row: tuple) -> tuple[jax.Array, jax.Array]:
-        end_S, full_IJ, k_lists, _, *arrays = row
-        return _forward_row(rule, end_S, full_IJ, k_lists, *arrays)
-
-    o_BNTH, lse_BNT = jax.lax.map(of_row, (*_mask_rows(mask), *_heads_first(mask, q_BTNH, k_BSKH, v_BSKH)))
+    T, rule = q_BTNH.shape[1], _rule(mask, q_BTNH, k_BSKH, scale, softcap)
+    q, k, v = _heads_first(_queries(mask), q_BTNH), *(_heads_first(mask.end_BS.shape[1], x) for x in (k_BSKH, v_BSKH))
+    o_BNTH, lse_BNT = jax.lax.map(lambda row: _forward_row(rule, *row), (_rows(mask), q, k, v))
     return o_BNTH.swapaxes(1, 2)[:, :T], lse_BNT.swapaxes(1, 2)[:, :T]
 
 
@@ -234,24 +256,53 @@ def backward(
     delta_BTN: jax.Array,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """The gradients of q, k and v in their dtypes, given that of the outputs; `delta` as in `gradient.py`."""
-    (T, N), K = q_BTNH.shape[1:3], k_BSKH.shape[2]
-    rule = _Rule(mask.block_q, mask.block_k, scale, softcap, N // K)
-
-    arrays = _heads_first(mask, q_BTNH, k_BSKH, v_BSKH, do_BTNH.astype(q_BTNH.dtype))
-    numbers = (x.swapaxes(2, 3) for x in _heads_first(mask, lse_BTN[..., None], delta_BTN[..., None]))
-    gradients = jax.lax.map(lambda row: _backward_row(rule, *row), (*_mask_rows(mask), *arrays, *numbers))
-    dq, dk, dv = (x.swapaxes(1, 2)[:, :T] for x in gradients)
-    return dq, dk, dv
-
-
-def _mask_rows(mask: TiledMask) -> tuple:
-    return mask.end_BS, mask.full_BIJ, (mask.k_tiles_BIJ, mask.num_k_BI), (mask.q_tiles_BJI, mask.num_q_BJ)
+    T, S, rule = q_BTNH.shape[1], k_BSKH.shape[1], _rule(mask, q_BTNH, k_BSKH, scale, softcap)
+    q, do = (_heads_first(_queries(mask), x) for x in (q_BTNH, do_BTNH.astype(q_BTNH.dtype)))
+    k, v = (_heads_first(mask.end_BS.shape[1], x) for x in (k_BSKH, v_BSKH))
+    numbers = (_heads_first(_queries(mask), x[..., None]).swapaxes(2, 3) for x in (lse_BTN, delta_BTN))
+    gradients = jax.lax.map(lambda row: _backward_row(rule, *row), (_rows(mask), q, k, v, do, *numbers))
+    dq, dk, dv = (x.swapaxes(1, 2) for x in gradients)
+    return dq[:, :T], dk[:, :S], dv[:, :S]
 
 
-def _heads_first(mask: TiledMask, *arrays_BTNH: jax.Array) -> list[jax.Array]:
-    """[B, N, S, H], zeros up to whole tiles."""
-    room = mask.end_BS.shape[1] - mask.num_tokens
-    return [jnp.pad(x, ((0, 0), (0, room), (0, 0), (0, 0))).swapaxes(1, 2) for x in arrays_BTNH]
+class _Row(NamedTuple):
+    """The mask of one row; with B in front, of all rows."""
+
+    sight: tuple[jax.Array, ...]  # i32[1, S] the keys' ends; under a window their depths, and i32[1, T] the queries'
+    place_I: jax.Array
+    full_IJ: jax.Array
+    k_lists: tuple[jax.Array, jax.Array]
+    q_lists: tuple[jax.Array, jax.Array]
+
+
+def _rows(mask: TiledMask) -> _Row:
+    sight = [mask.end_BS]
+    if mask.window is not None:
+        depth_BIX = mask.depth_BS.reshape(len(mask.end_BS), -1, mask.block_q)
+        depth_BIX = jnp.take_along_axis(depth_BIX, mask.place_BI[..., None], axis=1)
+        sight += [mask.depth_BS, depth_BIX.reshape(len(mask.end_BS), -1)]
+    return _Row(
+        tuple(x[:, None] for x in sight),
+        mask.place_BI,
+        mask.full_BIJ,
+        (mask.k_tiles_BIJ, mask.num_k_BI),
+        (mask.q_tiles_BJI, mask.num_q_BJ),
+    )
+
+
+def _rule(mask: TiledMask, q_BTNH: jax.Array, k_BSKH: jax.Array, scale: float, softcap: float | None) -> _Rule:
+    num_groups = q_BTNH.shape[2] // k_BSKH.shape[2]
+    return _Rule(mask.block_q, mask.block_k, scale, softcap, num_groups, mask.window)
+
+
+def _queries(mask: TiledMask) -> int:
+    """Queries at hand, in whole tiles."""
+    return mask.place_BI.shape[1] * mask.block_q
+
+
+def _heads_first(num_tokens: int, x_BTNH: jax.Array) -> jax.Array:
+    """[B, N, num_tokens, H], zeros up to there."""
+    return jnp.pad(x_BTNH, ((0, 0), (0, num_tokens - x_BTNH.shape[1]), (0, 0), (0, 0))).swapaxes(1, 2)
 
 
 class _Specs:
@@ -271,11 +322,11 @@ class _Specs:
             return (visit.outer, visit.inner) if by_query else (visit.inner, visit.outer)
 
         def of_query(n: Any, e: Any, *rest: Any) -> tuple[Any, Any]:
-            *groups, codes = rest
+            *groups, codes, _ = rest
             return heads(n, tuple(groups))[0], tiles(codes[e])[0]
 
         def of_key(n: Any, e: Any, *rest: Any) -> tuple[Any, Any]:
-            *groups, codes = rest
+            *groups, codes, _ = rest
             return heads(n, tuple(groups))[1], tiles(codes[e])[1]
 
         def of_number(*at: Any) -> tuple[Any, Any, Any]:
@@ -285,17 +336,21 @@ class _Specs:
         self.q = pl.BlockSpec((None, rule.block_q, H), lambda *at: (*of_query(*at), 0))
         self.kv = pl.BlockSpec((None, rule.block_k, H), lambda *at: (*of_key(*at), 0))
         self.number = pl.BlockSpec((None, 1, rule.block_q), of_number)
-        self.end = pl.BlockSpec((1, rule.block_k), lambda *at: (0, of_key(*at)[1]))
+        of_keys = pl.BlockSpec((1, rule.block_k), lambda *at: (0, of_key(*at)[1]))
+        of_queries = pl.BlockSpec((1, rule.block_q), lambda *at: (0, of_query(*at)[1]))
+        self.sight = [of_keys, of_keys, of_queries][: rule.num_sight]
 
 
-def _call(rule: _Rule, kernel: Any, grid: tuple, visits: tuple, in_specs: list, outputs: list, scratch: list) -> Any:
+def _call(
+    rule: _Rule, kernel: Any, grid: tuple, visits: tuple, row: _Row, in_specs: list, outputs: list, scratch: list
+) -> Any:
     """A kernel over `grid`, whose second axis is the visits; `outputs` are (spec, shape) pairs."""
     code_E, num = visits
     specs, shapes = zip(*outputs, strict=True)
     call = pl.pallas_call(
         partial(kernel, rule),
         grid_spec=PrefetchGrid(
-            num_scalar_prefetch=1,
+            num_scalar_prefetch=2,
             grid=(grid[0], num, *grid[1:]),
             in_specs=in_specs,
             out_specs=specs,
@@ -305,42 +360,43 @@ def _call(rule: _Rule, kernel: Any, grid: tuple, visits: tuple, in_specs: list, 
         compiler_params=TpuParams(dimension_semantics=("parallel", *("arbitrary",) * len(grid))),
         name=kernel.__name__.strip("_"),
     )
-    return partial(call, code_E)
+    return partial(call, code_E, row.place_I, *row.sight)
 
 
-def _forward_row(
-    rule: _Rule, end_S: jax.Array, full_IJ: jax.Array, lists: tuple, *arrays: jax.Array
-) -> tuple[jax.Array, jax.Array]:
-    q_NSH = arrays[0]
-    (N, S, H), X = q_NSH.shape, rule.block_q
+def _room(rule: _Rule, row: _Row) -> int:
+    S = row.sight[0].shape[1]
+    return num_visits(S, rule.block_q, rule.block_k, len(row.place_I) * rule.block_q)
+
+
+def _forward_row(rule: _Rule, row: _Row, *arrays: jax.Array) -> tuple[jax.Array, jax.Array]:
+    q_NTH = arrays[0]
+    (N, T, H), X = q_NTH.shape, rule.block_q
     spec = _Specs(rule, H, by_query=True)
-    visits = _visits(lists, full_IJ, num_visits(S, X, rule.block_k))
+    visits = _visits(row.k_lists, row.full_IJ, _room(rule, row))
     outputs = [
-        (spec.q, jax.ShapeDtypeStruct((N, S, H), q_NSH.dtype)),
-        (spec.number, jax.ShapeDtypeStruct((N, 1, S), jnp.float32)),
+        (spec.q, jax.ShapeDtypeStruct((N, T, H), q_NTH.dtype)),
+        (spec.number, jax.ShapeDtypeStruct((N, 1, T), jnp.float32)),
     ]
-    in_specs, scratch = [spec.end, spec.q, spec.kv, spec.kv], [(X, H), (X, LANES), (X, LANES)]
-    o_NSH, lse_N1S = _call(rule, _forward_kernel, (N,), visits, in_specs, outputs, scratch)(end_S[None], *arrays)
-    return o_NSH, lse_N1S[:, 0]
+    in_specs, scratch = [*spec.sight, spec.q, spec.kv, spec.kv], [(X, H), (X, LANES), (X, LANES)]
+    o_NTH, lse_N1T = _call(rule, _forward_kernel, (N,), visits, row, in_specs, outputs, scratch)(*arrays)
+    return o_NTH, lse_N1T[:, 0]
 
 
-def _backward_row(
-    rule: _Rule, end_S: jax.Array, full_IJ: jax.Array, k_lists: tuple, q_lists: tuple, *arrays: jax.Array
-) -> tuple[jax.Array, jax.Array, jax.Array]:
-    q_NSH, k_KSH = arrays[:2]
-    (N, S, H), K, X, C = q_NSH.shape, len(k_KSH), rule.block_q, rule.block_k
-    room = num_visits(S, X, C)
-    dq_shape, dk_shape = (jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (q_NSH, k_KSH))
+def _backward_row(rule: _Rule, row: _Row, *arrays: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    q_NTH, k_KSH = arrays[:2]
+    (N, _, H), K, X, C = q_NTH.shape, len(k_KSH), rule.block_q, rule.block_k
+    dq_shape, dk_shape = (jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (q_NTH, k_KSH))
 
     def in_specs(spec: _Specs) -> list:
-        return [spec.end, spec.q, spec.kv, spec.kv, spec.q, spec.number, spec.number]
+        return [*spec.sight, spec.q, spec.kv, spec.kv, spec.q, spec.number, spec.number]
 
     spec = _Specs(rule, H, by_query=True)
-    visits, scratch = _visits(k_lists, full_IJ, room), [(X, H), (X, LANES), (X, LANES)]
-    call = _call(rule, _dq_kernel, (N,), visits, in_specs(spec), [(spec.q, dq_shape)], scratch)
-    (dq_NSH,) = call(end_S[None], *arrays)
+    visits, scratch = _visits(row.k_lists, row.full_IJ, _room(rule, row)), [(X, H), (X, LANES), (X, LANES)]
+    call = _call(rule, _dq_kernel, (N,), visits, row, in_specs(spec), [(spec.q, dq_shape)], scratch)
+    (dq_NTH,) = call(*arrays)
 
     spec = _Specs(rule, H, by_query=False)
-    visits, outputs = _visits(q_lists, full_IJ.T, room), [(spec.kv, dk_shape)] * 2
-    call = _call(rule, _dkv_kernel, (K, rule.num_groups), visits, in_specs(spec), outputs, [(C, H), (C, H)])
-    return dq_NSH, *call(end_S[None], *arrays)
+    visits, outputs = _visits(row.q_lists, row.full_IJ.T, _room(rule, row)), [(spec.kv, dk_shape)] * 2
+    scratch = [(C, H), (C, H)]
+    call = _call(rule, _dkv_kernel, (K, rule.num_groups), visits, row, in_specs(spec), outputs, scratch)
+    return dq_NTH, *call(*arrays)

@@ -50,6 +50,12 @@ def attend(q, k, v, masks, scale, w=None, u=None, softcap=None):
     return o, lse, (dq, dk, dv)
 
 
+def at_hand(x, place, block):
+    """[B, I * block, ...]: the tiles of [B, T, ...] that lie at `place`, one after another."""
+    tiles = x.reshape(len(x), -1, block, *x.shape[2:])
+    return tiles[np.arange(len(x))[:, None], place].reshape(len(x), -1, *x.shape[2:])
+
+
 @st.composite
 def forests(draw, T):
     """(end i32[T], path of every position or None): trees of segments in preorder, then padding.

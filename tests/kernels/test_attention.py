@@ -294,11 +294,13 @@ H100 = {"kind": "NVIDIA H100 80GB HBM3", "causal": False}
         (TPU, "pallas_tpu", "it visits active tiles only, on a TPU"),
         (TPU | {"causal": False, "softcap": 2.0, "return_lse": True, "dtype": "float32"}, "pallas_tpu", "on a TPU"),
         (TPU | {"split": True}, "xla_chunked", "call it inside jax.shard_map"),
-        (TPU | {"window": 4}, "xla_chunked", "no window"),
+        (TPU | {"window": 4}, "pallas_tpu", "on a TPU"),
         (TPU | {"dtype": "float16"}, "xla_chunked", "the inputs are float16"),
         (TPU | {"head_dim": 80}, "xla_chunked", "H=80"),
         (TPU | {"block_k": 64}, "xla_chunked", "multiples of 128, and the mask's are 128 x 64"),
         (TPU | {"num_tokens": 131072}, "xla_chunked", "the row has 524,800 tiles, and the list holds 131,072"),
+        (TPU | {"num_tokens": 131072, "num_queries": 8192}, "pallas_tpu", "on a TPU"),
+        (TPU | {"num_tokens": 256, "num_queries": 128}, "pallas_tpu", "on a TPU"),
         (H100, "pallas_mosaic_gpu", "it reads active tiles only, on a Hopper GPU"),
         (H100 | {"softcap": 2.0, "return_lse": True, "dtype": "float16"}, "pallas_mosaic_gpu", "on a Hopper GPU"),
         (H100 | {"causal": True}, "cudnn", "plain causal rows"),
@@ -308,7 +310,8 @@ H100 = {"kind": "NVIDIA H100 80GB HBM3", "causal": False}
             "it needs a Hopper GPU, as H100 and H200 are, and the device is NVIDIA A100",
         ),
         (H100 | {"split": True}, "xla_chunked", "call it inside jax.shard_map"),
-        (H100 | {"window": 4}, "xla_chunked", "no window"),
+        (H100 | {"window": 4}, "pallas_mosaic_gpu", "on a Hopper GPU"),
+        (H100 | {"num_tokens": 256, "num_queries": 128}, "pallas_mosaic_gpu", "on a Hopper GPU"),
         (H100 | {"dtype": "float32"}, "xla_chunked", "the inputs are float32"),
         (H100 | {"head_dim": 256}, "xla_chunked", "H=256"),
         (H100 | {"block_k": 256}, "xla_chunked", "its tiles are 128 x 128, and the mask's are 128 x 256"),
@@ -322,6 +325,13 @@ def test_a_device_takes_its_kernel_where_it_serves(changes, path, reason):
         if kernel != path:
             with pytest.raises(ValueError, match=f"implementation='{kernel}' cannot serve this: "):
                 choice.choose(kernel, request_for(**({"kind": "another"} | changes | {"split": True})))
+
+
+def test_rows_that_devices_share_go_by_tiles():
+    shared = request_for(causal=False, backend="cpu", num_tokens=256, num_queries=128)
+    assert choice.choose("auto", shared)[0] == "xla_chunked"
+    with pytest.raises(ValueError, match="implementation='reference' cannot serve this: it serves whole rows"):
+        choice.choose("reference", shared)
 
 
 def test_why_names_the_path_and_the_log_says_it_once(caplog):

@@ -51,21 +51,32 @@ def test_rows_that_do_not_divide_are_refused():
 
 
 SPREAD = """
-import sys
+import contextlib, logging, sys
 import jax, jax.numpy as jnp, numpy as np
-num_data, num_context = map(int, sys.argv[1:])
+(num_data, num_context), path = map(int, sys.argv[1:3]), sys.argv[3]
 jax.config.update("jax_num_cpu_devices", num_data * num_context)
 from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
+from jax.experimental.pallas import tpu as pltpu
+from kernels.attention import context
 from kernels.attention.api import attention
 from kernels.attention.context import balanced_order, context_attention, reorder
+from kernels.compat import Target
 from kernels.shapes import packed, shared_prompt
+from kernels.tuning import Blocks
 
 B, T, N, K, H, BLOCK = 2, 128, 4, 2, 8, 8
+run_kernels = contextlib.nullcontext
+if path == "pallas_tpu":  # interpreted, as if these devices were TPUs
+    run_kernels = lambda: pltpu.force_tpu_interpret_mode(True)
+    H, BLOCK, T = 64, 256, 256 * num_context
+    context.target = lambda: Target("tpu", "TPU v5 lite", True)
+    context.blocks = lambda target, num_tokens: Blocks(128, 512)
+logging.basicConfig(level=logging.INFO)
 rng = np.random.default_rng(0)
 q, k, v, w = (rng.normal(size=(B, T, n, H)).astype(np.float32) for n in (N, K, K, N))
 end = np.stack([packed(T), shared_prompt(T)])
-end[0, 120:] = 0  # padding
-end[0] = np.minimum(end[0], 120)
+end[0, T - 8:] = 0  # padding
+end[0] = np.minimum(end[0], T - 8)
 order = balanced_order(end, num_context, block=BLOCK)
 mesh = jax.make_mesh((num_data, num_context), ("data", "context"), axis_types=(AxisType.Auto,) * 2)
 rows, tokens = NamedSharding(mesh, P("data")), NamedSharding(mesh, P("data", "context"))
@@ -75,15 +86,17 @@ for window, softcap in ((None, None), (9, 2.0)):
         o = attention(q, k, v, mask=end, scale=0.3, window=window, softcap=softcap, implementation="reference")
         return jnp.sum(w * o), o
     def spread(q, k, v, w, end, order):
-        o = context_attention(q, k, v, end_BS=end, order_BI=order, scale=0.3, mesh=mesh, window=window, softcap=softcap)
+        lies = {"end_BS": end, "order_BI": order, "mesh": mesh, "rows": "data"}
+        o = context_attention(q, k, v, **lies, scale=0.3, window=window, softcap=softcap)
         return jnp.sum(w * o), o
     gradients, o = jax.jit(jax.grad(plain, (0, 1, 2), has_aux=True))(q, k, v)
     run = jax.jit(jax.grad(spread, (0, 1, 2), has_aux=True), out_shardings=tokens)
     inputs = [jax.device_put(reorder(x, order), tokens) for x in (q, k, v, w)]
-    got_gradients, got = run(*inputs, jax.device_put(end, rows), jax.device_put(order, tokens))
+    with run_kernels():
+        got_gradients, got = run(*inputs, jax.device_put(end, rows), jax.device_put(order, tokens))
     for one, many in zip((o, *gradients), (got, *got_gradients), strict=True):
         assert many.sharding.is_equivalent_to(tokens, 4)
-        np.testing.assert_allclose(reorder(np.asarray(many), order, inverse=True), one, rtol=0, atol=4e-5)
+        np.testing.assert_allclose(reorder(np.asarray(many), order, inverse=True), one, rtol=0, atol=4e-5 * max(1, np.abs(one).max()))
 try:
     context_attention(q, k, v, end_BS=end, order_BI=order[:, :1], scale=1.0, mesh=mesh)
     raise AssertionError("one tile was spread over many devices")
@@ -94,14 +107,15 @@ except ValueError as error:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("num_data", "num_context"),
-    [(2, 4), (1, 4), (1, 8)],
+    ("num_data", "num_context", "path"),
+    [(2, 4, "xla_chunked"), (1, 4, "xla_chunked"), (1, 8, "xla_chunked"), (1, 4, "pallas_tpu")],
 )
-def test_devices_together_compute_what_one_does(num_data, num_context):
+def test_devices_together_compute_what_one_does(num_data, num_context, path):
     """Outputs and gradients of a packed row with padding and of a shared prompt, rows sharded beside them or not."""
-    command = [sys.executable, "-c", SPREAD, str(num_data), str(num_context)]
+    command = [sys.executable, "-c", SPREAD, str(num_data), str(num_context), path]
     done = subprocess.run(command, capture_output=True, text=True, timeout=200, check=False)
     assert done.returncode == 0, done.stderr
+    assert f"attention takes {path}: " in done.stderr
 
 
 SHARDED = """

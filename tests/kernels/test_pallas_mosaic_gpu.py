@@ -9,8 +9,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from kernels.attention import pallas_mosaic_gpu
 from kernels.attention.api import attention, why
+from kernels.attention.gradient import delta
 from kernels.attention.mask import tree_ends
+from kernels.attention.tiles import tile
 from tests.kernels.devices import H100, gpu_memories, gpu_races, interpreted
 from tests.kernels.oracle import attend, sees
 
@@ -53,6 +56,30 @@ def test_outputs_and_gradients_without_races():
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(480)
+def test_windows_and_placed_queries_without_races():
+    """The same row under a window, its second tile of queries at hand and not its first."""
+    q, k, v, do, _ = draw(1, 1)
+    end = np.pad(tree_ends([100, 60, 70], [-1, 0, 0]), (0, T - 230))[None]
+    held = np.arange(T) >= 128
+    do = jnp.where(held[None, :, None, None], do, 0)
+    exact = [np.asarray(x, np.float64) for x in (q, k, v, do)]
+    o, _, wanted = attend(*exact[:3], [sees(end[0], 50)], SCALE, exact[3])
+    wanted = (o[:, held], wanted[0][:, held], *wanted[1:])
+
+    mask = tile(jnp.asarray(end), window=50, block_q=128, block_k=128, place_BI=jnp.array([[1]], jnp.int32))
+    q, do = q[:, held], do[:, held]
+    with interpreted(H100, gpu_memories()):
+        o, lse = pallas_mosaic_gpu.forward(q, k, v, mask, SCALE, None)
+        zeros = jnp.zeros_like(lse)
+        gradients = pallas_mosaic_gpu.backward(q, k, v, mask, SCALE, None, lse, do, delta(o, do, zeros))
+    assert not gpu_races()
+    for got, expected in zip((o, *gradients), wanted, strict=True):
+        distance = np.linalg.norm(np.asarray(got, np.float64) - expected)
+        assert distance < 5e-3 * np.linalg.norm(expected)
+
+
+@pytest.mark.slow
 @pytest.mark.timeout(240)
 def test_the_detector_finds_a_missing_barrier():
     """The copying warpgroup overwrites a slot of the ring without waiting until it is free."""
@@ -61,16 +88,17 @@ def test_the_detector_finds_a_missing_barrier():
     assert done.returncode == 0, done.stderr
 
 
-@pytest.mark.parametrize("softcap", [None, 30.0])
-def test_it_lowers_for_cuda(softcap):
+@pytest.mark.parametrize(("softcap", "window"), [(None, None), (30.0, None), (None, 300)])
+def test_it_lowers_for_cuda(softcap, window):
     """Forward and both backward kernels, in the program that a GPU would compile."""
+    options = {"softcap": softcap, "window": window}
     with interpreted(H100, None):
 
         def loss(q, k, v, end):
-            return jnp.sum(attention(q, k, v, mask=end, scale=SCALE, softcap=softcap).astype(jnp.float32))
+            return jnp.sum(attention(q, k, v, mask=end, scale=SCALE, **options).astype(jnp.float32))
 
         q, k = (jax.ShapeDtypeStruct((1, 1000, n, 128), jnp.bfloat16) for n in (4, 2))
         end = jax.ShapeDtypeStruct((1, 1000), jnp.int32)
-        assert why(q, mask=end, softcap=softcap) == "pallas_mosaic_gpu: it reads active tiles only, on a Hopper GPU"
+        assert why(q, mask=end, **options) == "pallas_mosaic_gpu: it reads active tiles only, on a Hopper GPU"
         text = jax.jit(jax.grad(loss, (0, 1, 2))).trace(q, k, k, end).lower(lowering_platforms=("cuda",)).as_text()
     assert text.count("mosaic_gpu_v2") == 3

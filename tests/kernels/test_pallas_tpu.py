@@ -17,7 +17,7 @@ from kernels.attention.gradient import delta
 from kernels.attention.mask import segment_ends, tree_ends
 from kernels.attention.tiles import tile
 from tests.kernels.devices import V5E, interpreted, tpu_races
-from tests.kernels.oracle import attend, forests, sees
+from tests.kernels.oracle import at_hand, attend, forests, sees
 
 B, T, N, K, H = 2, 24, 4, 2, 8
 SCALE = H**-0.5
@@ -32,22 +32,34 @@ def draw(seed, num_tokens=T):
     return *arrays, rng.normal(size=(B, num_tokens, N)).astype(np.float32)
 
 
-def run(q, k, v, do, dlse, end, softcap=None, params=True, block_q=4, block_k=8):
-    """(outputs, log-sum-exps, gradients); rows that see nothing get no gradient of their log-sum-exp."""
-    mask = tile(jnp.asarray(end), block_q=block_q, block_k=block_k)
+def run(q, k, v, do, dlse, end, softcap=None, params=True, block_q=4, block_k=8, window=None, place=None):
+    """(outputs, log-sum-exps, gradients); rows that see nothing get no gradient of their log-sum-exp.
+
+    With `place` i32[B, I] the queries at hand are those tiles of their rows.
+    """
+    mask = tile(jnp.asarray(end), block_q=block_q, block_k=block_k, window=window, place_BI=place)
+    if place is not None:
+        q, do, dlse = (at_hand(x, place, block_q) for x in (q, do, dlse))
     with interpreted(V5E, params):
         o, lse = pallas_tpu.forward(q, k, v, mask, SCALE, softcap)
         dlse = jnp.where(jnp.isfinite(lse), dlse, 0.0)
         return o, lse, pallas_tpu.backward(q, k, v, mask, SCALE, softcap, lse, do, delta(o, do, dlse))
 
 
-jitted = jax.jit(run, static_argnames=("softcap", "params", "block_q", "block_k"))
+jitted = jax.jit(run, static_argnames=("softcap", "params", "block_q", "block_k", "window"))
 
 
-def check(got, inputs, end, softcap=None):
+def check(got, inputs, end, softcap=None, window=None, place=None, block_q=4):
     *qkv, do, dlse = inputs
+    if place is not None:  # queries elsewhere have no part in the loss
+        held = np.zeros((B, T // block_q, block_q, 1), np.float32)
+        held[np.arange(B)[:, None], place] = 1
+        do, dlse = do * held.reshape(B, T, 1, 1), dlse * held.reshape(B, T, 1)
     o, lse, gradients = got
-    wanted_o, wanted_lse, wanted = attend(*qkv, [sees(row) for row in end], SCALE, do, dlse, softcap)
+    wanted_o, wanted_lse, wanted = attend(*qkv, [sees(row, window) for row in end], SCALE, do, dlse, softcap)
+    if place is not None:
+        wanted_o, wanted_lse, dq = (at_hand(x, place, block_q) for x in (wanted_o, wanted_lse, wanted[0]))
+        wanted = (dq, *wanted[1:])
     np.testing.assert_allclose(o, wanted_o, rtol=0, atol=ATOL)
     np.testing.assert_allclose(lse, wanted_lse, rtol=0, atol=ATOL)
     for x, y in zip(gradients, wanted, strict=True):
@@ -59,6 +71,17 @@ def check(got, inputs, end, softcap=None):
 def test_forests(rows, seed):
     inputs, end = draw(seed), np.stack([end for end, _ in rows])
     check(jitted(*inputs, end), inputs, end)
+
+
+@given(
+    rows=st.lists(forests(T), min_size=B, max_size=B), places=st.permutations(range(T // 4)), seed=st.integers(0, 99)
+)
+@settings(derandomize=True, deadline=None, max_examples=15)
+def test_windows_and_placed_queries(rows, places, seed):
+    """Half of the tiles of each row, in any order, as one of two devices holds them; the window divides no tile."""
+    inputs, end = draw(seed), np.stack([end for end, _ in rows])
+    place = np.reshape(places, (B, -1)).astype(np.int32)
+    check(jitted(*inputs, end, 2.0, window=5, place=place), inputs, end, 2.0, 5, place)
 
 
 @pytest.mark.slow
@@ -76,8 +99,13 @@ def test_no_races_and_nothing_read_before_it_is_written():
     """The interpreter that simulates a TPU's memories fills fresh ones with NaN."""
     inputs = draw(1)
     end = np.stack([np.pad(tree_ends([6, 4, 3, 5], [-1, 0, 1, 0]), (0, 6)), np.full(T, T)]).astype(np.int32)
-    got = run(*inputs, end, softcap=2.0, params=pltpu.InterpretParams(detect_races=True), block_q=8)
+    params = pltpu.InterpretParams(detect_races=True)
+    got = run(*inputs, end, softcap=2.0, params=params, block_q=8)
     check(got, inputs, end, softcap=2.0)
+    assert not tpu_races()
+    place = np.array([[2, 0], [2, 1]], np.int32)
+    got = run(*inputs, end, params=params, block_q=8, window=5, place=place)
+    check(got, inputs, end, window=5, place=place, block_q=8)
     assert not tpu_races()
 
 

@@ -1,5 +1,8 @@
 """The TPU kernels compiled by libtpu for TPUs that are not here, at Qwen3-8B's heads."""
 
+import math
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -18,11 +21,12 @@ pytestmark = pytest.mark.tpu_aot
 N, K = 32, 8
 
 
-def compile_gradient(topology, num_tokens, H=128, dtype="bfloat16", softcap=None):
+def compile_gradient(topology, num_tokens, H=128, dtype="bfloat16", softcap=None, window=None):
     """Forward and backward of packed rows under a mask known on device only."""
 
     def loss(q, k, v, end):
-        o = attention(q, k, v, mask=end, scale=H**-0.5, softcap=softcap, implementation="pallas_tpu")
+        options = {"softcap": softcap, "window": window, "implementation": "pallas_tpu"}
+        o = attention(q, k, v, mask=end, scale=H**-0.5, **options)
         return jnp.sum(o.astype(jnp.float32))
 
     heads = [((1, num_tokens, n, H), dtype) for n in (N, K, K)]
@@ -38,11 +42,11 @@ def test_all_three_kernels_compile(topology):
 
 
 @pytest.mark.parametrize(
-    ("H", "dtype", "softcap"),
-    [(64, "bfloat16", None), (256, "bfloat16", 30.0), (192, "float32", None)],
+    ("H", "dtype", "softcap", "window"),
+    [(64, "bfloat16", None, 100), (256, "bfloat16", 30.0, None), (192, "float32", None, 512)],
 )
-def test_head_dims_and_dtypes(H, dtype, softcap):
-    compile_gradient("v5e:2x2", 1000, H, dtype, softcap)
+def test_head_dims_dtypes_and_windows(H, dtype, softcap, window):
+    compile_gradient("v5e:2x2", 1000, H, dtype, softcap, window)
 
 
 def test_long_rows_fit():
@@ -53,9 +57,13 @@ def test_long_rows_fit():
     assert scratch < 4 * (2 * num_tokens * N * 128)
 
 
-def test_every_device_of_a_mesh_attends_for_its_own_rows_and_heads():
-    """The model's attention over sixteen devices: XLA by itself would refuse to split the kernel."""
-    devices = np.array(tpu_devices("v5e:4x4")).reshape(1, 8, 1, 2)
+@pytest.mark.parametrize("num_context", [1, 2])
+def test_every_device_of_a_mesh_attends_for_its_own_rows_and_heads(num_context):
+    """The model's attention over sixteen devices: XLA by itself would refuse to split the kernel.
+
+    Where two devices share a row, nothing is gathered that is larger than a device's keys.
+    """
+    devices = np.array(tpu_devices("v5e:4x4")).reshape(1, 8 // num_context, num_context, 2)
     mesh = Mesh(devices, MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
 
     def loss(q, k, v, end):
@@ -70,7 +78,9 @@ def test_every_device_of_a_mesh_attends_for_its_own_rows_and_heads():
         compiled = jax.jit(jax.grad(loss, (0, 1, 2))).trace(q, k, k, end).lower().compile()
     text = compiled.as_text()
     assert all(kernel in text for kernel in ("forward_kernel", "dq_kernel", "dkv_kernel"))
-    assert "all-gather" not in text
+    gathers = "\n".join(line for line in text.splitlines() if re.search(r" all-gather(-start)?\(", line))
+    sizes = [math.prod(map(int, shape.split(","))) for shape in re.findall(r"\w+\[([\d,]+)\]", gathers)]
+    assert max(sizes, default=0) <= (num_context - 1) * (num_context * 1024 * K // 2 * 128)
 
 
 def test_the_tuner_prunes_what_exceeds_vmem():

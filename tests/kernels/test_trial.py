@@ -44,7 +44,8 @@ def offered(monkeypatch):
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_a_path_that_is_right_has_no_fault(dtype):
-    assert trial.fault(xla_chunked, 16, dtype, 5.0, 64, 32) is None
+    for form in (trial.Form(64, 32), trial.Form(64, 32, window=True), trial.Form(32, 64, window=True, placed=True)):
+        assert trial.fault(xla_chunked, 16, dtype, 5.0, form) is None
 
 
 @pytest.mark.parametrize(

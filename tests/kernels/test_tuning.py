@@ -28,6 +28,19 @@ def test_files_come_before_the_rule_and_the_users_first(tmp_path):
     assert tuning.blocks(Target("gpu", "NVIDIA H100", False), 20000, ()) == (128, 128, 4)
 
 
+@pytest.mark.parametrize(
+    ("blocks", "piece", "wanted"),
+    [
+        (Blocks(512, 512), 256, (256, 512)),
+        (Blocks(512, 128), 256, (256, 128)),
+        (Blocks(384, 192), 256, (128, 64)),
+        (Blocks(128, 128), 8, (8, 128)),
+    ],
+)
+def test_tiles_within_pieces_of_rows_nest(blocks, piece, wanted):
+    assert blocks.within(piece)[:2] == wanted
+
+
 def test_nothing_ships_that_nobody_measured():
     assert tuning.read(tuning.SHIPPED_FILE) == {}
 
