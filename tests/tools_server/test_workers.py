@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -130,6 +131,22 @@ def test_a_process_killed_in_the_middle_of_a_call(workers, lost):
     assert lost == ["died"]
     workers.close()
     assert lost == ["died"], "a server that ends its processes loses none"
+
+
+def test_a_call_under_way_when_the_server_stops_is_not_made_again(workers):
+    """In another process the server would wait for it once more, as long as a call may take."""
+    environment = opened(workers)
+    pid = int(said(environment, "process"))
+    [worker] = workers._workers
+    with ThreadPoolExecutor(1) as thread:
+        answer = thread.submit(said, environment, "sleep", seconds=20)
+        while not worker._waiting:
+            time.sleep(0.01)
+        workers.close()
+        with pytest.raises(InfrastructureFailure, match="^the server has stopped$"):
+            answer.result(timeout=10)
+    assert workers.processes == []
+    assert gone(pid)
 
 
 def test_errors_come_through_as_what_they_are(workers):

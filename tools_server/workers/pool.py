@@ -135,11 +135,16 @@ class Workers:
         self._config, self._on_end = config, on_end
         self._workers: list[Worker] = []
         self._choosing = threading.Lock()
+        self._closed = False
         self.threads = ThreadPoolExecutor(config.worker_threads, thread_name_prefix="environment")
 
     def choose(self, key: int) -> Worker:
-        """For a new environment: the living process that holds the fewest, or one that is started."""
+        """For a new environment: the living process that holds the fewest, or one that is started. Raises
+        InfrastructureFailure once closed: a call that was cut would be made again, and the server would wait for it.
+        """
         with self._choosing:
+            if self._closed:
+                raise InfrastructureFailure("the server has stopped")
             self._workers = [worker for worker in self._workers if worker.alive]
             emptiest = min(self._workers, key=lambda worker: len(worker.held), default=None)
             if emptiest is None or (emptiest.held and len(self._workers) < self._config.worker_processes):
@@ -155,6 +160,8 @@ class Workers:
 
     def close(self) -> None:
         """Kill all; whoever waits for one stops waiting."""
+        with self._choosing:
+            self._closed = True
         self.threads.shutdown(wait=False, cancel_futures=True)
         for worker in self._workers:
             worker.closing = True
