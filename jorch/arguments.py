@@ -124,9 +124,10 @@ def _plain_parser(command: str) -> argparse.ArgumentParser:
             "loop: an RL step of the quickstart's model; kernels: attention and log-probabilities; "
             "checkpoint: saving and restoring 1.5 GB in the working folder, with OCDBT and without; train: a train "
             "step in the shape of Qwen3-8B (small on a CPU), beside the same with jax.nn.dot_product_attention; "
+            "sampler: decoding of siblings whose prompt is kept once; "
             "serving: exports, weight pushes and the rollout client with vLLM, and asynchronous training"
         )
-        parser.add_argument("what", choices=["loop", "kernels", "checkpoint", "train", "serving"], help=what)
+        parser.add_argument("what", choices=["loop", "kernels", "checkpoint", "train", "sampler", "serving"], help=what)
         parser.add_argument("--json", type=Path, metavar="FILE", help="write the numbers there as well")
         parser.add_argument(
             "--tokens",

@@ -129,7 +129,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _bench(options: argparse.Namespace) -> None:
-    from jorch.bench import checkpoint, kernels, loop, serving, train
+    from jorch.bench import checkpoint, kernels, loop, sampler, serving, train
 
     match options.what:
         case "kernels":
@@ -138,6 +138,8 @@ def _bench(options: argparse.Namespace) -> None:
             checkpoint.run(options.json)
         case "train":
             train.run(options.json, options.tokens, options.layers, options.lora, options.remat)
+        case "sampler":
+            sampler.run(options.json)
         case "serving":
             serving.run(options.json, options.only)
         case "loop":

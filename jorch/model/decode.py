@@ -2,8 +2,9 @@
 
 The cache is slot-aligned: every append writes one block of columns for all rows, a single `dynamic_update_slice`, and
 raggedness lives in `valid` and in the rows' own positions. `compact` moves the valid columns of each row to the front
-when the columns run out. Letters: B rows, O appended tokens, S columns, K key-value heads, H head dim, D model,
-V vocabulary.
+when the columns run out. Of prompts that several rows share, `share` keeps the first tokens once a prompt, and every
+step reads them once for all siblings (`kernels.decode`). Letters: B rows, O appended tokens, S columns, K key-value
+heads, H head dim, D model, V vocabulary; P prompts, C tokens of each that are kept once.
 """
 
 from collections.abc import Sequence
@@ -16,7 +17,15 @@ import jax.numpy as jnp
 from jorch.model.layers import Block
 from jorch.model.transformer import Params, Qwen3, Transformer
 from jorch.sections import ModelConfig
-from kernels.attention.reference import dense_attention
+from kernels.decode.api import Seats, cascade_attention, decode_attention
+
+
+class Prefix(NamedTuple):
+    """The first C tokens of prompts, every column filled, and the rows that begin with them."""
+
+    k: tuple[jax.Array, ...]  # per layer [P, K, H, C]
+    v: tuple[jax.Array, ...]  # per layer [P, K, C, H]
+    seats: Seats
 
 
 class Cache(NamedTuple):
@@ -28,6 +37,12 @@ class Cache(NamedTuple):
     num_tokens: jax.Array  # i32[B], the next token's position
     slot: jax.Array  # i32[], the next free column
     hidden_BD: jax.Array  # final hidden state of each row's last token
+    prefix: Prefix | None = None  # what lies before the rows' own columns
+
+    @property
+    def num_shared(self) -> int:
+        """Tokens of each row that lie in the prefix."""
+        return 0 if self.prefix is None else self.prefix.k[0].shape[-1]
 
 
 class Sampled(NamedTuple):
@@ -69,7 +84,11 @@ def append(
         def attend(q_BONH: jax.Array, k_BOKH: jax.Array, v_BOKH: jax.Array, i: int = index) -> jax.Array:
             keys[i] = jax.lax.dynamic_update_slice(keys[i], k_BOKH.transpose(0, 2, 3, 1), (0, 0, 0, cache.slot))
             values[i] = jax.lax.dynamic_update_slice(values[i], v_BOKH.swapaxes(1, 2), (0, 0, cache.slot, 0))
-            return dense_attention(q_BONH, keys[i].swapaxes(2, 3), values[i], visible_BOS, scale)
+            if cache.prefix is None:
+                return decode_attention(q_BONH, keys[i], values[i], visible_BOS, scale=scale)[0]
+            prefix, num_shared = cache.prefix, jnp.full(len(cache.prefix.k[i]), cache.num_shared)
+            own = (keys[i], values[i], visible_BOS)
+            return cascade_attention(q_BONH, *own, prefix.k[i], prefix.v[i], num_shared, prefix.seats, scale=scale)[0]
 
         x_BOD = block(x_BOD, rope, attend)
     num_new = jnp.sum(ok_BO, axis=1, dtype=jnp.int32)
@@ -81,6 +100,7 @@ def append(
         num_tokens=cache.num_tokens + num_new,
         slot=cache.slot + jnp.max(num_new),
         hidden_BD=jnp.where((num_new > 0)[:, None], module.finish(last_BD), cache.hidden_BD),
+        prefix=cache.prefix,
     )
 
 
@@ -167,9 +187,35 @@ def _first_maximum(logits_BV: jax.Array) -> jax.Array:
 
 
 def take_rows(cache: Cache, rows: jax.Array) -> Cache:
-    """The cache of the given rows, i32[B'], in that order; a row may be repeated (a prompt's siblings)."""
-    everything = cache._replace(slot=jnp.zeros(()))
-    return jax.tree.map(lambda x: x[rows] if x.ndim else x, everything)._replace(slot=cache.slot)
+    """The cache of the given rows, i32[B'], in that order; a row may be repeated (a prompt's siblings).
+
+    With a prefix, the first of equal rows is the one that goes on.
+    """
+    own = jax.tree.map(lambda x: x[rows] if x.ndim else x, cache._replace(prefix=None))
+    return own if cache.prefix is None else own._replace(prefix=cache.prefix._replace(seats=_seated(cache, rows)))
+
+
+def _seated(cache: Cache, rows: jax.Array) -> Seats:
+    assert cache.prefix is not None
+    (row_PR, seat_B), last = cache.prefix.seats, len(rows) - 1
+    seat_B = seat_B[rows]
+    row_PR = jnp.full(row_PR.size, last).at[seat_B].min(jnp.arange(len(rows))).reshape(row_PR.shape)
+    return Seats(row_PR, seat_B)
+
+
+def share(cache: Cache, rows: jax.Array, seats: Seats, num_shared: int) -> Cache:
+    """Rows of one prompt each become the prompts of the given `rows`, i32[B]: their first `num_shared` columns, which
+    all must have filled, are kept once, and the others are repeated.
+    """
+    C = num_shared
+    own = cache._replace(
+        k=tuple(x[..., C:] for x in cache.k),
+        v=tuple(x[:, :, C:] for x in cache.v),
+        valid=cache.valid[:, C:],
+        slot=cache.slot - C,
+    )
+    prefix = Prefix(tuple(x[..., :C] for x in cache.k), tuple(x[:, :, :C] for x in cache.v), seats)
+    return take_rows(own, rows)._replace(prefix=prefix)
 
 
 def compact(cache: Cache, longest: jax.Array) -> Cache:
@@ -185,7 +231,7 @@ def compact(cache: Cache, longest: jax.Array) -> Cache:
         v=tuple(jnp.take_along_axis(x, order[:, None, :, None], axis=2) for x in cache.v),
         valid=jnp.take_along_axis(valid, order, axis=1),
         num_tokens=jnp.where(kept_B, cache.num_tokens, 0),
-        slot=jnp.max(cache.num_tokens, where=kept_B, initial=0),
+        slot=jnp.maximum(jnp.max(cache.num_tokens, where=kept_B, initial=0) - cache.num_shared, 0),
     )
 
 
@@ -202,15 +248,17 @@ class Decoder:
             keys = jax.vmap(jax.random.key)(seeds)
             return decode(*model.bind_unstacked(weights), cache, limits, keys, temperature, max_tokens, stop_id)
 
-        self.max_tokens = max_tokens
+        self.max_tokens, self.vocab_size = max_tokens, model.config.vocab_size
         self.prepare = jax.jit(model.unstack)
         self.empty = jax.jit(partial(empty_cache, model.config), static_argnums=(0, 1))
         self.append = jax.jit(append_tokens, donate_argnums=1)
         self.decode = jax.jit(decode_turn, donate_argnums=1)
         self.take_rows = jax.jit(take_rows)
+        self.share = jax.jit(share, static_argnums=3)
         self.compact = jax.jit(compact, donate_argnums=0)
 
     def num_programs(self) -> int:
         """How many shapes have been compiled: it must not grow after the first step."""
-        functions: tuple[Any, ...] = (self.prepare, self.empty, self.append, self.decode, self.take_rows, self.compact)
+        rows = (self.take_rows, self.share, self.compact)
+        functions: tuple[Any, ...] = (self.prepare, self.empty, self.append, self.decode, *rows)
         return sum(function._cache_size() for function in functions)

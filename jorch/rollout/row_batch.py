@@ -1,7 +1,8 @@
 """Rows of trajectories on the device: one KV cache, its free columns, and the rows in it. No scheduling happens here.
 
 The cache has as many columns as the context bound. Appends and completions of ragged rows use up columns faster than
-any row grows; when they run out the cache is compacted.
+any row grows; when they run out the cache is compacted. Of long prompts with siblings the first tokens are kept once
+(`decode.share`): as many as all prompts of the batch have, in powers of two, so that few programs are compiled.
 """
 
 from collections.abc import Mapping, Sequence
@@ -9,26 +10,47 @@ from collections.abc import Mapping, Sequence
 import jax
 import numpy as np
 
-from jorch.model.decode import Cache, Decoder
+from jorch.model.decode import Cache, Decoder, Seats
 from jorch.model.transformer import Params
 
 _SHRINK = 4
 """Factor between batch sizes: few programs to compile, at most this much idle work."""
 _MIN_ROWS = 8
+MIN_SHARED = 128
+"""Tokens. Below, two attentions and their merge cost as much as the copies that they spare."""
 
 
 class RowBatch:
     """Between one and `max_rows` rows that are decoded together; `prefill` begins anew."""
 
-    def __init__(self, decoder: Decoder, *, max_rows: int, max_context_tokens: int, chunk_tokens: int) -> None:
-        """`chunk_tokens` is the longest block appended in one program."""
+    def __init__(
+        self,
+        decoder: Decoder,
+        *,
+        max_rows: int,
+        max_context_tokens: int,
+        chunk_tokens: int,
+        min_shared: int = MIN_SHARED,
+    ) -> None:
+        """
+        Args:
+            chunk_tokens: the longest block appended in one program.
+            min_shared: from how many tokens on the beginnings of prompts are kept once for all siblings.
+        """
         self._decoder = decoder
         self._max_rows = max_rows
         self._chunk = chunk_tokens
+        self._min_shared = min_shared
         self._num_columns = max_context_tokens
         self._cache: Cache | None = None
         self._num_rows = 0
         self._slot = 0  # the cache's own, known without waiting for the device
+        self._num_shared = 0
+
+    @property
+    def num_bytes(self) -> int:
+        """Of the cache on the device, once what has been asked of it is done."""
+        return sum(x.nbytes for x in jax.tree.leaves(jax.block_until_ready(self._cache)))
 
     @property
     def is_empty(self) -> bool:
@@ -59,10 +81,18 @@ class RowBatch:
         source = np.zeros(self._bucket(len(prompts)), np.int32)
         source[: len(prompts)] = [numbers[b"" if prompt is None else prompt.tobytes()] for prompt in prompts]
         self._num_rows = _power_of_two(len(numbers))
-        self._slot = 0
+        self._slot = self._num_shared = 0
         self._cache = self._decoder.empty(self._num_rows, self._num_columns)
-        self.append(weights, {number: np.frombuffer(key, np.int32) for key, number in numbers.items()})
-        self._cache = self._decoder.take_rows(self._cache, source)
+        distinct = {number: np.frombuffer(key, np.int32) for key, number in numbers.items()}
+        self.append(weights, distinct)
+        num_shared = _largest_power_of_two(min(map(len, distinct.values())))
+        if num_shared >= self._min_shared and len(prompts) > len(distinct):
+            seats = _seats(source[: len(prompts)], self._num_rows, len(source))
+            self._cache = self._decoder.share(self._cache, source, seats, num_shared)
+            self._num_shared = num_shared
+            self._slot -= num_shared
+        else:
+            self._cache = self._decoder.take_rows(self._cache, source)
         self._num_rows = len(source)
 
     def append(self, weights: Params, new_ids: Mapping[int, np.ndarray]) -> None:
@@ -107,12 +137,13 @@ class RowBatch:
 
     def _make_room(self, wanted: int) -> int:
         """Free columns for the next block: `wanted`, or the largest power of two that a compacted cache has left."""
-        if self._slot + wanted > self._num_columns:
+        num_columns = self._num_columns - self._num_shared
+        if self._slot + wanted > num_columns:
             # A row within a completion of the bound can be asked nothing more.
             longest = np.int32(self._num_columns - self._decoder.max_tokens)
             cache: Cache = self._decoder.compact(self._cache, longest)
             self._cache, self._slot = cache, int(cache.slot)
-        free = self._num_columns - self._slot
+        free = num_columns - self._slot
         assert free >= min(wanted, self._decoder.max_tokens), "the context bound keeps rows within the cache"
         return wanted if wanted <= free else 1 << (free.bit_length() - 1)
 
@@ -124,5 +155,23 @@ class RowBatch:
         return size
 
 
+def _seats(prompt_of: np.ndarray, num_prompts: int, num_rows: int) -> Seats:
+    """Seats of the first rows beside the others with their prompt; rows that wait for none share the first seat."""
+    num_seats = int(np.bincount(prompt_of).max())
+    row_PR, seat_B = np.zeros((num_prompts, num_seats), np.int32), np.zeros(num_rows, np.int32)
+    taken = np.zeros(num_prompts, np.int32)
+    for row, prompt in enumerate(prompt_of):
+        row_PR[prompt, taken[prompt]] = row
+        seat_B[row] = prompt * num_seats + taken[prompt]
+        taken[prompt] += 1
+    return Seats(row_PR, seat_B)
+
+
 def _power_of_two(number: int) -> int:
+    """The smallest that is not below `number`."""
     return 1 << max(number - 1, 0).bit_length()
+
+
+def _largest_power_of_two(number: int) -> int:
+    """The largest that is not above `number`; 0 of 0."""
+    return 1 << number.bit_length() - 1 if number else 0

@@ -5,10 +5,19 @@ columns of the prompts' cache, N query heads, K key-value heads, H head dim. Cac
 [.., K, H, columns], values [.., K, columns, H].
 """
 
+from typing import Any, NamedTuple
+
 import jax
 import jax.numpy as jnp
 
 from kernels.attention.reference import attention_with_lse
+
+
+class Seats(NamedTuple):
+    """Which rows share a prompt: each of P prompts has R seats, some of which may be empty."""
+
+    row_PR: Any  # i32, the row in each seat; any row in an empty one
+    seat_B: Any  # i32, each row's seat, of all P x R
 
 
 def decode_attention(
@@ -47,6 +56,7 @@ def cascade_attention(
     k_PKHC: jax.Array,
     v_PKCH: jax.Array,
     prompt_tokens_P: jax.Array,
+    seats: Seats | None = None,
     *,
     scale: float,
 ) -> tuple[jax.Array, jax.Array]:
@@ -56,7 +66,7 @@ def cascade_attention(
     are then merged by their log-sum-exps, which is exact.
 
     Args:
-        q_BONH: rows B = P x R, the siblings of a prompt one after the other.
+        q_BONH: rows B, with `seats` in any order; without them B = P x R, the siblings of a prompt one after the other.
         visible_BOS: bool, which columns of its own cache each appended token sees.
         prompt_tokens_P: i32, how many of the C columns each prompt fills, from the first on; all its rows see them.
         scale: multiplies the scores, usually H ** -0.5.
@@ -69,16 +79,21 @@ def cascade_attention(
     """
     P, C = v_PKCH.shape[0], v_PKCH.shape[2]
     B, O, N, H = q_BONH.shape  # noqa: E741
-    if B % P:
-        raise ValueError(f"rows B={B} are not a multiple of prompts P={P}")
+    if seats is None:
+        if B % P:
+            raise ValueError(f"rows B={B} are not a multiple of prompts P={P}")
+        seats = Seats(jnp.arange(B).reshape(P, -1), jnp.arange(B))
+    if seats.row_PR.shape[0] != P or seats.seat_B.shape != (B,):
+        raise ValueError(f"seats must be [P={P}, R] and [B={B}]; got {seats.row_PR.shape} and {seats.seat_B.shape}")
     if prompt_tokens_P.shape != (P,):
         raise ValueError(f"prompt_tokens must be [P={P}]; got {prompt_tokens_P.shape}")
     _check(q_BONH, k_PKHC, v_PKCH, "the prompts' cache", P)
     own = decode_attention(q_BONH, k_BKHS, v_BKSH, visible_BOS, scale=scale)
-    stacked = q_BONH.reshape(P, -1, N, H)
+    stacked = q_BONH[seats.row_PR].reshape(P, -1, N, H)
     filled_PQC = jnp.broadcast_to(jnp.arange(C) < prompt_tokens_P[:, None, None], (P, stacked.shape[1], C))
     o, lse = attention_with_lse(stacked, k_PKHC.swapaxes(2, 3), v_PKCH, filled_PQC, scale)
-    return merge((o.reshape(q_BONH.shape), lse.reshape(B, O, N)), own)
+    shared = (o.reshape(-1, O, N, H)[seats.seat_B], lse.reshape(-1, O, N)[seats.seat_B])
+    return merge(shared, own)
 
 
 def merge(one: tuple[jax.Array, jax.Array], other: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:

@@ -5,6 +5,7 @@ A trajectory here is a prompt and a list of observations; after each completion 
 
 import asyncio
 import dataclasses
+import functools
 import itertools
 import time
 import zlib
@@ -15,6 +16,7 @@ import numpy as np
 import pytest
 
 from jorch.data.packing import pack
+from jorch.rollout import jax_sampler
 from jorch.rollout.jax_sampler import JaxSampler
 from jorch.rollout.row_batch import RowBatch
 from jorch.rollout.stats import SamplerStats
@@ -107,6 +109,12 @@ def make_sampler(tiny):
 
 
 @pytest.fixture
+def kept_once(monkeypatch):
+    """From how many tokens on prompts' beginnings are kept once."""
+    return lambda num: monkeypatch.setattr(jax_sampler, "RowBatch", functools.partial(RowBatch, min_shared=num))
+
+
+@pytest.fixture
 def check(tiny, qwen3_logits):
     """Compare turns with the float64 model, which has no cache."""
     model, params = tiny
@@ -142,8 +150,30 @@ def test_a_cache_kept_over_turns_equals_none(temperature, lanes, make_sampler, c
     assert sampler.stats.sampled_tokens == sum(len(c.token_ids) for turns in played.values() for _, c in turns)
 
 
-def test_a_prompt_that_forks_is_read_anew(make_sampler, check):
+@pytest.mark.parametrize(("temperature", "lanes"), [(0.0, 1), pytest.param(1.0, 2, marks=pytest.mark.slow)])
+def test_prompts_whose_first_tokens_are_kept_once_change_nothing(temperature, lanes, make_sampler, check, kept_once):
+    """Groups that end raggedly, lose rows and are compacted; the same tokens as with a copy for each row."""
+    made = scripts(40, siblings=4)
+    sampler = make_sampler(lanes=lanes)
+    copied = play_all(sampler, made, temperature)
+    shared, shrunk = (program._cache_size() for program in (sampler.decoder.share, sampler.decoder.take_rows))
+    compacted = sampler.decoder.compact._cache_size()
+    kept_once(4)
+    for name, turns in play_all(make_sampler(lanes=lanes), made, temperature).items():
+        check(turns, temperature)
+        for (_, completion), (_, expected) in zip(turns, copied[name], strict=True):
+            np.testing.assert_array_equal(completion.token_ids, expected.token_ids)
+    assert sampler.decoder.share._cache_size() > shared
+    assert sampler.decoder.compact._cache_size() > compacted, "its columns never ran out"
+    if lanes == 1:  # a smaller batch is never smaller than eight rows
+        assert sampler.decoder.take_rows._cache_size() > shrunk, "no batch with shared tokens ever shrank"
+
+
+@pytest.mark.parametrize("fewest", [None, 4])
+def test_a_prompt_that_forks_is_read_anew(fewest, make_sampler, check, kept_once):
     """Some rows forget what they said, at different turns, while others go on."""
+    if fewest:
+        kept_once(fewest)
     made = [
         dataclasses.replace(script, forked_turn=1 + number % 3) if number % 2 else script
         for number, script in enumerate(scripts(24, siblings=4, seed=3))

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kernels.decode.api import cascade_attention, decode_attention, merge
+from kernels.decode.api import Seats, cascade_attention, decode_attention, merge
 
 P, R, O, S, C, N, K, H = 2, 3, 2, 6, 5, 4, 2, 4  # noqa: E741
 B, SCALE = P * R, H**-0.5
@@ -58,6 +58,22 @@ def test_the_cascade_is_attention_over_the_whole_past(seed, prompt_tokens, data)
     plain_o, plain_lse = run_plain(q, whole_k, whole_v, np.concatenate([prompt_part, visible], axis=2))
     np.testing.assert_allclose(o, plain_o, rtol=0, atol=ATOL)
     np.testing.assert_allclose(lse, plain_lse, rtol=0, atol=ATOL)
+
+
+@given(seed=st.integers(0, 2**16), order=st.permutations(range(B)), lost=st.integers(0, B - 1))
+@seeded
+def test_rows_in_any_order_find_their_prompt_by_their_seats(seed, order, lost):
+    """And a seat whose row has left is nobody's."""
+    q, k, v, k_prompt, v_prompt = draw(seed)
+    visible, filled = np.ones((B, O, S), bool), np.full(P, C, np.int32)
+    expected = run(q, k, v, visible, k_prompt, v_prompt, filled)
+    seat_B = np.array([row for row in order if row != lost], np.int32)
+    row_PR = np.zeros(B, np.int32)
+    row_PR[seat_B] = np.arange(B - 1)
+    seats = Seats(row_PR.reshape(P, R), seat_B)
+    found = run(*(x[seat_B] for x in (q, k, v, visible)), k_prompt, v_prompt, filled, seats)
+    for ours, whole in zip(found, expected, strict=True):
+        np.testing.assert_allclose(ours, whole[seat_B], rtol=0, atol=ATOL)
 
 
 def test_large_scores_do_not_overflow_in_the_merge():
