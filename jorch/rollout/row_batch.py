@@ -17,7 +17,7 @@ _SHRINK = 4
 """Factor between batch sizes: few programs to compile, at most this much idle work."""
 _MIN_ROWS = 8
 MIN_SHARED = 128
-"""Tokens. Below, two attentions and their merge cost as much as the copies that they spare."""
+"""Tokens. Fewer gain little, and are not worth programs of their own."""
 
 
 class RowBatch:
