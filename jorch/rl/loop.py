@@ -194,8 +194,9 @@ def run(config: RlConfig, *, resume: bool, fresh: bool) -> None:
             asyncio.run(_probe(config, tasks, url))
             mesh = make_mesh(config.mesh)
             start = pretrained.load(config.init_from, mesh, **computation(config))
-            held = replace(start, params=to_host(start.params))
-            sampler = make_sampler(config.sampler, config.rollout, held, own, config.lora)
+            sampler = make_sampler(
+                config.sampler, config.rollout, replace(start, params=to_host(start.params)), own, config.lora
+            )
             with closing(sampler):
                 learner = make_learner(config, mesh, start)
                 start = start.without_params()  # the learner and the sampler have what they need of them
