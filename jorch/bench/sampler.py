@@ -6,7 +6,7 @@ import os
 import sys
 import time
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import numpy as np
@@ -16,6 +16,7 @@ from rich.table import Table
 from jorch.export import pretrained
 from jorch.metrics import stage
 from jorch.model.decode import Decoder
+from jorch.model.transformer import Params, Qwen3
 from jorch.rollout.row_batch import RowBatch
 from jorch.run_folder import atomic_write
 from jorch.sections import MeshConfig
@@ -51,12 +52,10 @@ class Figure(NamedTuple):
 def run(json_path: Path | None, cases: tuple[tuple[int, int], ...] = CASES, num_rounds: int = NUM_ROUNDS) -> None:
     """Measure the quickstart's model both ways in turns, print the table, and write the same numbers to `json_path`."""
     start = pretrained.load("base", make_mesh(MeshConfig()))
-    decoder = Decoder(start.model, NEW_TOKENS, stop_id=-1)
-    weights = decoder.prepare(start.params)
     figures = []
     with stage("sampler", len(cases)) as progress:
         for num_prompts, prompt_tokens in cases:
-            figures.append(_measure(decoder, weights, num_prompts, prompt_tokens, num_rounds))
+            figures.append(_measure(start.model, start.params, num_prompts, prompt_tokens, num_rounds))
             progress.advance()
     where = f"{jax.devices()[0].device_kind}, {os.cpu_count()} CPU cores, {datetime.date.today()}"
     _print(figures, f"{SIBLINGS} siblings a prompt, {NEW_TOKENS} new tokens; medians of {num_rounds}; {where}")
@@ -65,9 +64,10 @@ def run(json_path: Path | None, cases: tuple[tuple[int, int], ...] = CASES, num_
         atomic_write(json_path, json.dumps(content, indent=1) + "\n")
 
 
-def _measure(decoder: Decoder, weights: Any, num_prompts: int, prompt_tokens: int, num_rounds: int) -> Figure:
-    rng = np.random.default_rng(0)
-    prompts = rng.integers(4, decoder.vocab_size, (num_prompts, prompt_tokens + 7)).astype(np.int32)
+def _measure(model: Qwen3, params: Params, num_prompts: int, prompt_tokens: int, num_rounds: int) -> Figure:
+    rng, decoder = np.random.default_rng(0), Decoder(model, NEW_TOKENS, stop_id=-1)
+    weights = decoder.prepare(params)
+    prompts = rng.integers(4, model.config.vocab_size, (num_prompts, prompt_tokens + 7)).astype(np.int32)
     rows = [prompt for prompt in prompts for _ in range(SIBLINGS)]
 
     def once(min_shared: int) -> tuple[float, int]:

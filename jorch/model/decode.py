@@ -248,7 +248,7 @@ class Decoder:
             keys = jax.vmap(jax.random.key)(seeds)
             return decode(*model.bind_unstacked(weights), cache, limits, keys, temperature, max_tokens, stop_id)
 
-        self.max_tokens, self.vocab_size = max_tokens, model.config.vocab_size
+        self.max_tokens = max_tokens
         self.prepare = jax.jit(model.unstack)
         self.empty = jax.jit(partial(empty_cache, model.config), static_argnums=(0, 1))
         self.append = jax.jit(append_tokens, donate_argnums=1)

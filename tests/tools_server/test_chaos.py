@@ -8,7 +8,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import aiohttp
@@ -16,6 +15,7 @@ import pytest
 from aiohttp import web
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from server_processes import survivors
 
 from tools_server.app import make_app
 from tools_server.config import ServerConfig
@@ -71,16 +71,6 @@ def sandboxes_of(pid):
         found = {int(p) for p, parent, state in rows if int(parent) in below and state[0] != "Z"} - below
         below |= found
     return below - {pid}
-
-
-def survivors(pids):
-    """Those of `pids` that are not gone within 10 s."""
-    for _ in range(100):
-        pids = {pid for pid in pids if os.path.exists(f"/proc/{pid}")}
-        if not pids:
-            break
-        time.sleep(0.1)
-    return pids
 
 
 async def post(http, path, payload):

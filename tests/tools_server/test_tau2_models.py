@@ -3,14 +3,9 @@
 import asyncio
 import importlib.util
 import json
-import signal
 import sys
-import time
-from pathlib import Path
 
-import aiohttp
 import pytest
-import yaml
 from fake_endpoint import completion, endpoint
 from server_client import serving
 
@@ -310,60 +305,3 @@ def test_configs_that_name_no_model():
         ServerConfig.model_validate({"tau2": {"user": "llm"}})
     with pytest.raises(ValueError, match="tau2: 'judge' is no tool of kind chat in `tools`"):
         ServerConfig.model_validate({"tau2": {"judge": "judge"}})
-
-
-@needs_tau2
-def test_sigterm_lets_a_conversation_turn_end_and_leaves_no_worker(tmp_path):
-    """The user's model is at work in a process of the server's when it is told to stop."""
-    asked = asyncio.Event()
-
-    async def slowly(request):
-        asked.set()
-        await asyncio.sleep(1.5)
-        return completion("Yes, that one.")
-
-    async def main():
-        async with endpoint(completion("Please create a task."), slowly) as (_, url):
-            (tmp_path / "server.yaml").write_text(yaml.safe_dump(models(url)))
-            process = await asyncio.create_subprocess_exec(
-                *(sys.executable, "-m", "tools_server", "--config", str(tmp_path / "server.yaml"), "--port", "0"),
-                stdout=asyncio.subprocess.PIPE,
-            )
-            address = (await process.stdout.readline()).decode().split()[-1]
-            async with aiohttp.ClientSession() as http:
-
-                async def post(path, payload):
-                    async with http.post(address + path, json=payload) as response:
-                        return await response.json()
-
-                session = {"session_id": "s", "environment": "tau2", "setup": TASK, "seed": 5}
-                assert (await post("/v1/sessions", {"sessions": [session]}))["sessions"][0]["error"] is None
-                call = {"session_id": "s", "call_id": "0", "name": "", "arguments": {"content": "This one?"}}
-                turn = asyncio.create_task(post("/v1/calls", {"calls": [call]}))
-                await asyncio.wait_for(asked.wait(), 30)
-                workers = children_of(process.pid)
-                assert workers
-                process.send_signal(signal.SIGTERM)
-                answer = await turn
-            assert await asyncio.wait_for(process.wait(), 30) == 0
-            return answer, workers
-
-    answer, workers = asyncio.run(main())
-    [result] = answer["results"]
-    assert (result["content"], result["error"]) == ("Yes, that one.", None)
-    deadline_s = time.monotonic() + 10
-    while any(map(alive, workers)):
-        assert time.monotonic() < deadline_s, "a worker process outlives its server"
-        time.sleep(0.05)
-
-
-def children_of(pid):
-    """Of all its threads: environments' processes belong to those that wait for them."""
-    return [int(child) for path in Path(f"/proc/{pid}/task").glob("*/children") for child in path.read_text().split()]
-
-
-def alive(pid):
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except OSError:
-        return False

