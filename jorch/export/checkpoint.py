@@ -1,5 +1,7 @@
 """`jorch export`: a checkpoint of a run as a folder of Hugging Face safetensors, or its adapter as PEFT's."""
 
+import hashlib
+import json
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -103,11 +105,17 @@ def run(
 def _write(
     out: Path, config: ModelConfig, params: Source, tokenizer: Tokenizer, form: Form, facts: dict[str, Any]
 ) -> None:
+    facts = facts | {"source_digest": _digest(params), "tokenizer_digest": tokenizer.digest}
     if form.widen_heads:
         config, params = heads.widen(config, params)
     if form.dtype is not None:
         config, params = config.model_copy(update={"param_dtype": form.dtype}), Cast(params, form.dtype)
-    hf.write(out, config, params, tokenizer, facts | {"tokenizer_digest": tokenizer.digest})
+    hf.write(out, config, params, tokenizer, facts)
+
+
+def _digest(source: Source) -> str:
+    """SHA-256 of the checksums of the parameters as they lie in the checkpoint, whatever form they leave in."""
+    return hashlib.sha256(json.dumps(checksums_of(source), sort_keys=True).encode()).hexdigest()
 
 
 @contextmanager

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 
@@ -102,6 +103,28 @@ def test_an_export_of_an_import_is_byte_identical(jorch, published, tmp_path):
     assert (tmp_path / "out" / "config.json").read_bytes() == (folder / "config.json").read_bytes()
     line = jorch("import", "--from", folder, "--out", tmp_path / "out", status=2)
     assert line == f"jorch: error: {tmp_path / 'out'} is not an empty folder; choose another --out"
+
+
+@pytest.mark.parametrize("published", [UNTIED], indirect=True, ids=["untied"])
+def test_an_export_names_its_source(jorch, published, tmp_path):
+    """The same one whatever form it leaves in, and another one after a change of one number."""
+    folder, _ = published
+
+    def digest(source, name, *options):
+        jorch("import", "--from", source, "--out", tmp_path / f"{name}.ckpt")
+        jorch("export", tmp_path / f"{name}.ckpt", "--out", tmp_path / name, *options)
+        return json.loads((tmp_path / name / probe.FILE).read_text())["source_digest"]
+
+    first = digest(folder, "first")
+    assert len(first) == 64
+    assert digest(folder, "second", "--dtype", "bf16") == first
+    path = sorted(folder.glob("*.safetensors"))[0]
+    tensors = load_file(path)
+    next(iter(tensors.values())).flat[0] += 1
+    changed = tmp_path / "changed"
+    shutil.copytree(folder, changed)
+    save_file(tensors, changed / path.name, {"format": "pt"})
+    assert digest(changed, "third") != first
 
 
 @pytest.mark.parametrize("published", [UNTIED], indirect=True, ids=["untied"])
