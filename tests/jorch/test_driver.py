@@ -406,8 +406,11 @@ def test_a_dead_server_stops_the_run_with_its_address(tmp_path):
     tasks = [replace(TASK, task_id=f"task-{i}") for i in range(3)]
     sampler = ScriptedSampler({task.task_id: [call_text(SEARCH)] * 2 for task in tasks})
 
+    everyone = asyncio.Barrier(6)
+
     async def kill(task_id, number):
-        if (task_id, number) == ("task-1", 1):
+        """Once nothing is under way any more: the answers of a stream come one by one."""
+        if number == 1 and await everyone.wait() == 0:
             server.kill()
 
     sampler.before_turn = kill
