@@ -14,6 +14,7 @@ from jorch.data import tokenizer as tokenizers
 from jorch.data.tokenizer import Tokenizer
 from jorch.export import adapter, heads, hf, pretrained, weights
 from jorch.export.importing import refuse_occupied
+from jorch.export.probe import make_probe
 from jorch.export.source import Cast, Held, Merged, OfRun, Source, checksums_of, flat_adapter
 from jorch.memory import give_back_freed_blocks
 from jorch.model.lora import LoraQwen3
@@ -48,7 +49,7 @@ def run(
 
     A run may be under way. `step` names one of its checkpoints; None means the newest. `lora` is for runs that train
     an adapter: added to its base (also where it is None), or the adapter alone. `dtype` is of the exported parameters,
-    None means as they are; the probe is of those that are exported.
+    None means as they are; the probe is of those that are exported, an adapter's together with its base.
 
     Raises ValueError where `source` is no training run, has no such checkpoint or no adapter, where the adapter's base
     is gone or another one, or `out` is not empty.
@@ -91,21 +92,23 @@ def run(
                 stack.enter_context(arrays.kept(source))
                 shapes = model.abstract_params()
                 trained = OfRun(arrays, flat_adapter(shapes) if config.lora else shapes)
-            if config.lora and lora == "adapter":
-                adapter.save(out, config.lora, trained, str(pretrained.folder_of(meta["base"]["init_from"])))
-                print(f"exported the adapter of step {step} of {source} to {out}")
-                return
+            params = trained
             if isinstance(model, LoraQwen3):
                 frozen = stack.enter_context(_frozen(meta, _param_dtype(config)))
-                trained = Merged(frozen, trained, model)
-            _write(out, base.config, trained, tokenizer, form, {"step": step})
+                params = Merged(frozen, trained, model)
+            facts = {"step": step} | _facts(params, tokenizer)
+            if config.lora and lora == "adapter":
+                where, expected = str(pretrained.folder_of(meta["base"]["init_from"])), make_probe(base.config, params)
+                adapter.save(out, config.lora, trained, where, expected, facts)
+                print(f"exported the adapter of step {step} of {source} to {out}")
+                return
+            _write(out, base.config, params, tokenizer, form, facts)
     print(f"exported step {step} of {source} to {out}")
 
 
 def _write(
     out: Path, config: ModelConfig, params: Source, tokenizer: Tokenizer, form: Form, facts: dict[str, Any]
 ) -> None:
-    facts = facts | {"source_digest": _digest(params), "tokenizer_digest": tokenizer.digest}
     if form.widen_heads:
         config, params = heads.widen(config, params)
     if form.dtype is not None:
@@ -113,9 +116,12 @@ def _write(
     hf.write(out, config, params, tokenizer, facts)
 
 
-def _digest(source: Source) -> str:
-    """SHA-256 of the checksums of the parameters as they lie in the checkpoint, whatever form they leave in."""
-    return hashlib.sha256(json.dumps(checksums_of(source), sort_keys=True).encode()).hexdigest()
+def _facts(params: Source, tokenizer: Tokenizer) -> dict[str, str]:
+    """Digests of what is exported. The source's is the SHA-256 of the checksums of the parameters as they lie in the
+    checkpoint, an adapter's added to its base: the same whatever form they leave in.
+    """
+    sums = json.dumps(checksums_of(params), sort_keys=True)
+    return {"source_digest": hashlib.sha256(sums.encode()).hexdigest(), "tokenizer_digest": tokenizer.digest}
 
 
 @contextmanager
@@ -131,7 +137,8 @@ def _export_weights(source: Path, out: Path, form: Form) -> None:
     refuse_occupied(out)
     raw = hf.stored_config(source / hf.ARCHITECTURE)
     model, tokenizer = pretrained.load_model(source, param_dtype=raw["torch_dtype"])
-    _write(out, model.config, weights.Stored(source, model, make_mesh(MeshConfig())), tokenizer, form, {})
+    params = weights.Stored(source, model, make_mesh(MeshConfig()))
+    _write(out, model.config, params, tokenizer, form, _facts(params, tokenizer))
     print(f"exported {source} to {out}")
 
 

@@ -17,7 +17,8 @@ from safetensors.numpy import load_file
 from jorch import cli
 from jorch.config import SftConfig
 from jorch.data.packing import pack
-from jorch.export import adapter, hf, pretrained
+from jorch.export import adapter, hf, pretrained, probe
+from jorch.export.source import Held
 from jorch.flops import adapter_params, train_flops
 from jorch.model import lora
 from jorch.model.lora import LoraQwen3
@@ -247,6 +248,19 @@ def test_a_run_trains_an_adapter_and_exports_both(trained, mesh):
     np.testing.assert_array_equal(model.params["embed"], base.params["embed"])
     for name in ("model.safetensors", "config.json"):
         assert (trained / "merged" / name).read_bytes() == (trained / "run" / "model" / name).read_bytes()
+
+
+@pytest.mark.slow
+def test_an_exported_adapter_says_what_it_is_of_and_what_to_expect(trained, mesh):
+    """The probe is that of the base with the adapter, whether they are merged or not."""
+    merged, alone = (json.loads((trained / kind / probe.FILE).read_text()) for kind in ("merged", "adapter"))
+    assert alone.keys() == {"step", "source_digest", "tokenizer_digest", "probe"}
+    assert (alone["step"], alone | {"probe": None}) == (6, merged | {"probe": None})
+    assert alone["probe"]["token_ids"] == merged["probe"]["token_ids"]
+    np.testing.assert_allclose(alone["probe"]["logprobs"], merged["probe"]["logprobs"], atol=1e-5)
+    base = pretrained.load("base", mesh)
+    frozen = probe.make_probe(base.model.config, Held(base.params))
+    assert np.abs(np.subtract(frozen.logprobs, alone["probe"]["logprobs"])).max() > 0.1
 
 
 @pytest.mark.slow
