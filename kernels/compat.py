@@ -17,10 +17,15 @@ VMEM: Any = pltpu.VMEM
 ASSEMBLER_REPORT = "MOSAIC_GPU_DUMP_PTXAS"
 """Environment variable under which Mosaic GPU prints registers and spills of what it compiles."""
 
+FRUGAL = jax.__version_info__ >= (0, 12)
+"""Whether Mosaic GPU leaves the gradient of k and v, at 128 columns, registers for a softcap or a window; where it does
+not, up to 40 bytes of a thread would be stored away."""
+
 _LOAD_INDEX = ((),) if "idx" in inspect.signature(plgpu.load).parameters else ()
 
 __all__ = [
     "ASSEMBLER_REPORT",
+    "FRUGAL",
     "VMEM",
     "PrefetchGrid",
     "Target",

@@ -108,7 +108,8 @@ def context_attention(
     Raises:
         ValueError: what `attention` refuses, rows or tiles that do not divide over the axis, or an unknown axis.
     """
-    (B, T, _, H), num_tiles = q_BTNH.shape, order_BI.shape[1]
+    B, T, _, _ = q_BTNH.shape
+    num_tiles = order_BI.shape[1]
     if axis not in mesh.shape:
         raise ValueError(f"axis={axis!r}; allowed: the mesh's axes, {', '.join(map(repr, mesh.shape))}")
     if end_BS.shape != (B, T) or order_BI.shape[0] != B or T % num_tiles or num_tiles % mesh.shape[axis]:
@@ -117,17 +118,50 @@ def context_attention(
             f"{axis}={mesh.shape[axis]}; got {end_BS.shape} and {order_BI.shape}"
         )
     check(q_BTNH, k_BSKH, v_BSKH, end_BS, softcap, window)
-    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
-        here = target()._replace(split=False)
-    sizes, num_queries = blocks(here, T).within(T // num_tiles), T // mesh.shape[axis]
-    request = Request(T, H, str(q_BTNH.dtype), False, window, softcap, False, sizes.q, sizes.k, here, num_queries)
-    path, reason = choose(implementation, request)
+    path, reason, sizes = _choose(implementation, q_BTNH, num_tiles, mesh, axis, softcap, window)
     log_once(path, reason)
     specs = _Specs(*(PartitionSpec(*of) for of in ((rows, axis, heads), (rows,), (rows, axis))))
     outputs: Any = _attend(
         q_BTNH, k_BSKH, v_BSKH, end_BS, order_BI, _Static(mesh, axis, specs, path, sizes, scale, softcap, window)
     )
     return outputs
+
+
+def why(
+    q_BTNH: jax.Array | jax.ShapeDtypeStruct,
+    *,
+    order_BI: jax.Array | jax.ShapeDtypeStruct,
+    mesh: Mesh,
+    axis: str = "context",
+    softcap: float | None = None,
+    window: int | None = None,
+    implementation: Implementation = "auto",
+) -> str:
+    """One line: the path that `context_attention` takes for these arguments, and the reason.
+
+    Raises:
+        ValueError: an explicit implementation that cannot serve the request.
+    """
+    path, reason, _ = _choose(implementation, q_BTNH, order_BI.shape[1], mesh, axis, softcap, window)
+    return f"{path}: {reason}"
+
+
+def _choose(
+    implementation: Implementation,
+    q: jax.Array | jax.ShapeDtypeStruct,
+    num_tiles: int,
+    mesh: Mesh,
+    axis: str,
+    softcap: float | None,
+    window: int | None,
+) -> tuple[Implementation, str, Blocks]:
+    """(path, reason, sizes of its tiles), on one of the mesh's devices by itself."""
+    _, T, _, H = q.shape
+    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+        here = target()._replace(split=False)
+    sizes, num_queries = blocks(here, T).within(T // num_tiles), T // mesh.shape[axis]
+    request = Request(T, H, str(q.dtype), False, window, softcap, False, sizes.q, sizes.k, here, num_queries)
+    return *choose(implementation, request), sizes
 
 
 class _Specs(NamedTuple):

@@ -12,7 +12,7 @@ tiles, J key tiles, R rows of a warpgroup, C rows of what it streams past them.
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial, update_wrapper
 from typing import Any
 
@@ -21,14 +21,13 @@ import jax.numpy as jnp
 from jax import lax
 
 from kernels.attention.tiles import TiledMask
-from kernels.compat import interpreted, load, pl, plgpu
+from kernels.compat import FRUGAL, interpreted, load, pl, plgpu
 
 BLOCK = 128
 """Queries of a tile, keys of a tile."""
 
 _R = 64
 _C = 64
-_PARTS = BLOCK // _C
 """The backward kernels stream a tile in halves: their accumulators leave no registers for whole ones."""
 
 _FORWARD_STAGES = 2
@@ -58,9 +57,15 @@ class _Rule:
     dtype: Any
     head_dim: int
     stages: int
-    """How much of what is streamed is in shared memory or on its way: tiles forward, halves of them backward."""
+    """How much of what is streamed is in shared memory or on its way: tiles forward, parts of them backward."""
     interpreted: bool
     window: int | None
+    part: int = _C
+    """Rows of a tile that the backward kernels stream at once, and columns of what shared memory keeps together."""
+
+    @property
+    def parts(self) -> int:
+        return BLOCK // self.part
 
     @property
     def num_sight(self) -> int:
@@ -161,7 +166,7 @@ class _Rule:
 
     def shared(self, *shape: int) -> Any:
         """Shared memory that products and copies can both use."""
-        transforms = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))
+        transforms = (plgpu.TilingTransform((8, self.part)), plgpu.SwizzleTransform(self.part * self.dtype.itemsize))
         return plgpu.SMEM(shape, self.dtype, transforms=transforms)
 
 
@@ -264,11 +269,11 @@ def _dq_kernel(rule: _Rule, *refs: Any) -> None:
     sight, refs = refs[: rule.num_sight], refs[rule.num_sight :]
     q, k, v, do, lse, delta, tiles, counts, dq, q_s, do_s, k_s, v_s, rows_ready, ready, free = refs
     b, n, i, wg = (lax.axis_index(name) for name in ("row", "head", "tile", "warpgroup"))
-    num_steps, shape = counts[b, i] * _PARTS, (_R, _C)
+    num_steps, shape = counts[b, i] * rule.parts, (_R, rule.part)
 
     def first_key(at: Any) -> Any:
-        tile = lax.shift_right_logical(tiles[b, i, lax.div(at, jnp.int32(_PARTS))], jnp.int32(1))
-        return tile * BLOCK + lax.rem(at, jnp.int32(_PARTS)) * _C
+        tile = lax.shift_right_logical(tiles[b, i, lax.div(at, jnp.int32(rule.parts))], jnp.int32(1))
+        return tile * BLOCK + lax.rem(at, jnp.int32(rule.parts)) * rule.part
 
     @pl.when(wg < 2)
     def _() -> None:
@@ -281,7 +286,7 @@ def _dq_kernel(rule: _Rule, *refs: Any) -> None:
 
         def step(at: Any, dq_RH: jax.Array) -> jax.Array:
             slot, first_k = lax.rem(at, jnp.int32(rule.stages)), first_key(at)
-            full = lax.rem(tiles[b, i, lax.div(at, jnp.int32(_PARTS))], jnp.int32(2)) == 1
+            full = lax.rem(tiles[b, i, lax.div(at, jnp.int32(rule.parts))], jnp.int32(2)) == 1
 
             tests = rule.tests(sight, b, lambda: sight[1][b, i] * BLOCK + wg * _R, first_k, shape, 0)
 
@@ -301,7 +306,7 @@ def _dq_kernel(rule: _Rule, *refs: Any) -> None:
         kv_head = lax.div(n, jnp.int32(rule.num_groups))
 
         def copy(at: Any, slot: Any) -> None:
-            source = (b, pl.ds(first_key(at), _C), kv_head)
+            source = (b, pl.ds(first_key(at), rule.part), kv_head)
             plgpu.copy_gmem_to_smem(k.at[source], k_s.at[slot], ready.at[slot])
             plgpu.copy_gmem_to_smem(v.at[source], v_s.at[slot], ready.at[slot])
 
@@ -313,14 +318,14 @@ def _dkv_kernel(rule: _Rule, *refs: Any) -> None:
     q, k, v, do, lse, delta, tiles, counts, dk, dv, *scratch = refs
     k_s, v_s, q_s, do_s, lse_s, delta_s, rows_ready, ready, free = scratch
     b, n, j, wg = (lax.axis_index(name) for name in ("row", "head", "tile", "warpgroup"))
-    per_tile, shape = rule.num_groups * _PARTS, (_R, _C)
+    per_tile, shape = rule.num_groups * rule.parts, (_R, rule.part)
     num_steps = counts[b, j] * per_tile
 
     def source(at: Any) -> tuple[Any, Any, Any]:
         """(first query, query head, whether the whole tile is visible): all heads of a tile, one after another."""
         code, part = tiles[b, j, lax.div(at, jnp.int32(per_tile))], lax.rem(at, jnp.int32(per_tile))
-        first_q = lax.shift_right_logical(code, jnp.int32(1)) * BLOCK + lax.rem(part, jnp.int32(_PARTS)) * _C
-        head = n * rule.num_groups + lax.div(part, jnp.int32(_PARTS))
+        first_q = lax.shift_right_logical(code, jnp.int32(1)) * BLOCK + lax.rem(part, jnp.int32(rule.parts)) * rule.part
+        head = n * rule.num_groups + lax.div(part, jnp.int32(rule.parts))
         return first_q, head, lax.rem(code, jnp.int32(2)) == 1
 
     @pl.when(wg < 2)
@@ -364,9 +369,9 @@ def _dkv_kernel(rule: _Rule, *refs: Any) -> None:
         def copy(at: Any, slot: Any) -> None:
             first_q, head, _ = source(at)
             for x, smem in ((q, q_s), (do, do_s)):
-                plgpu.copy_gmem_to_smem(x.at[b, pl.ds(first_q, _C), head], smem.at[slot], ready.at[slot])
+                plgpu.copy_gmem_to_smem(x.at[b, pl.ds(first_q, rule.part), head], smem.at[slot], ready.at[slot])
             for x, smem in ((lse, lse_s), (delta, delta_s)):
-                plgpu.copy_gmem_to_smem(x.at[b, head, pl.ds(first_q, _C)], smem.at[slot], ready.at[slot])
+                plgpu.copy_gmem_to_smem(x.at[b, head, pl.ds(first_q, rule.part)], smem.at[slot], ready.at[slot])
 
         _ring(rule.stages, num_steps, free, copy)
 
@@ -417,17 +422,20 @@ def backward(
     k, v = (_padded(mask.end_BS.shape[1], x) for x in (k_BSKH, v_BSKH))
     numbers = [_padded(_queries(mask), x[..., None])[..., 0].swapaxes(1, 2) for x in (lse_BTN, delta_BTN)]
     (B, T, N, H), (S, K), (sight, k_lists, q_lists) = q.shape, k.shape[1:3], _lists(mask)
-    rows, ring = [rule.shared(2, _R, H)] * 2, [rule.shared(rule.stages, _C, H)] * 2
     dq_type, dk_type = (jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (q, k))
 
-    def barriers(num_copies: int) -> list:
+    def kept(rule: _Rule) -> list:
+        return [rule.shared(2, _R, H)] * 2 + [rule.shared(rule.stages, rule.part, H)] * 2
+
+    def barriers(rule: _Rule, num_copies: int) -> list:
         ready = plgpu.Barrier(num_barriers=rule.stages, num_arrivals=num_copies)
         free = plgpu.Barrier(num_barriers=rule.stages, num_arrivals=2)
         return [plgpu.Barrier(num_barriers=2, num_arrivals=2), ready, free]
 
-    kernel = _kernel(rule, _dq_kernel, (B, N, T // BLOCK), (dq_type,), [*rows, *ring, *barriers(2)])
+    kernel = _kernel(rule, _dq_kernel, (B, N, T // BLOCK), (dq_type,), [*kept(rule), *barriers(rule, 2)])
     (dq,) = kernel(*sight, q, k, v, do, *numbers, *k_lists)
-    scratch = [*rows, *ring, *[plgpu.SMEM((rule.stages, _C), jnp.float32)] * 2, *barriers(4)]
+    rule = _narrowed(rule)
+    scratch = [*kept(rule), *[plgpu.SMEM((rule.stages, rule.part), jnp.float32)] * 2, *barriers(rule, 4)]
     kernel = _kernel(rule, _dkv_kernel, (B, K, S // BLOCK), (dk_type, dk_type), scratch)
     dk, dv = kernel(*sight, q, k, v, do, *numbers, *q_lists)
     return dq[:, : q_BTNH.shape[1]], dk[:, : k_BSKH.shape[1]], dv[:, : k_BSKH.shape[1]]
@@ -438,6 +446,13 @@ def _rule(
 ) -> _Rule:
     (N, H), K = q_BTNH.shape[2:], k_BSKH.shape[2]
     return _Rule(scale, softcap, N // K, q_BTNH.dtype, H, stages, interpreted(), mask.window)
+
+
+def _narrowed(rule: _Rule) -> _Rule:
+    """For the gradients of k and v: quarters of tiles, where beside two accumulators halves leave no registers."""
+    if FRUGAL or rule.head_dim <= 64 or (rule.softcap is None and rule.window is None):
+        return rule
+    return replace(rule, part=rule.part // 2, stages=rule.stages * 2)
 
 
 def _kernel(rule: _Rule, body: Any, grid: tuple[int, int, int], out_type: Any, scratch_types: list) -> Any:

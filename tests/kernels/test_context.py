@@ -93,6 +93,7 @@ for window, softcap in ((None, None), (9, 2.0)):
     run = jax.jit(jax.grad(spread, (0, 1, 2), has_aux=True), out_shardings=tokens)
     inputs = [jax.device_put(reorder(x, order), tokens) for x in (q, k, v, w)]
     with run_kernels():
+        print(context.why(q, order_BI=order, mesh=mesh, window=window, softcap=softcap))
         got_gradients, got = run(*inputs, jax.device_put(end, rows), jax.device_put(order, tokens))
     for one, many in zip((o, *gradients), (got, *got_gradients), strict=True):
         assert many.sharding.is_equivalent_to(tokens, 4)
@@ -115,7 +116,9 @@ def test_devices_together_compute_what_one_does(num_data, num_context, path):
     command = [sys.executable, "-c", SPREAD, str(num_data), str(num_context), path]
     done = subprocess.run(command, capture_output=True, text=True, timeout=200, check=False)
     assert done.returncode == 0, done.stderr
-    assert f"attention takes {path}: " in done.stderr
+    [why] = set(done.stdout.splitlines())
+    assert why.startswith(f"{path}: ")
+    assert f"attention takes {why}\n" in done.stderr
 
 
 SHARDED = """

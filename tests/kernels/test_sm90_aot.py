@@ -23,10 +23,6 @@ from tests.kernels.devices import compile_for, for_one_of, h100_devices
 pytestmark = pytest.mark.sm90_aot
 N, K, T = 32, 8, 8192
 
-SPILLS = {(30.0, None): 32, (None, 4096): 4, (30.0, 4096): 40}
-"""By softcap and window, bytes that a thread of the gradient of k and v stores away at H=128 where jax is older than
-0.12."""
-
 
 def assemble(capfd, monkeypatch, H, softcap, dtype="bfloat16", window=None, num_parts=1):
     """What the assembler and the disassembler print of forward and backward.
@@ -61,8 +57,6 @@ def test_no_spills_and_tensor_cores(capfd, monkeypatch, H, softcap, window, num_
         )
     }
     assert spills.keys() == {"_forward_kernel", "_dq_kernel", "_dkv_kernel"}
-    most = SPILLS.get((softcap, window), 0) if H == 128 and jax.__version_info__ < (0, 12) else 0
-    assert spills.pop("_dkv_kernel") <= most
     assert not any(spills.values()), spills
     # Two products forward; three for q; four for k and v.
     assert len(re.findall(r"HGMMA\.64x\d+x16\.F32\.BF16", text)) >= (2 + 3 + 4) * 4
