@@ -16,11 +16,12 @@ from tools_server.keys import CAPABILITIES, CONFIG, SESSIONS, opened_json, reply
 from tools_server.mcp_facade import McpFacade
 from tools_server.metrics import CONTENT_TYPE
 from tools_server.requests import read_items, read_object, to_records
+from tools_server.reward_groups import scored, to_group
 from tools_server.sandbox.remote import PATH as PROGRAMS_PATH
 from tools_server.sandbox.remote import REQUEST_FIELDS, serve_program
 from tools_server.sessions import Sessions
 from tools_server.tool import hermes_text
-from tools_server.wire import API_VERSION, Call, ForkSession, OpenSession
+from tools_server.wire import API_VERSION, Call, ForkSession, OpenSession, to_json
 
 
 def make_app(config: ServerConfig) -> web.Application:
@@ -40,6 +41,7 @@ def make_app(config: ServerConfig) -> web.Application:
             web.post("/v1/calls", call_tools),
             web.post("/v1/forks", fork_sessions),
             web.post("/v1/finish", finish_sessions),
+            web.post("/v1/rewards", reward_groups),
             web.post("/v1/heartbeats", renew_leases),
             *session_routes.ROUTES,
             web.post(PROGRAMS_PATH, run_program),
@@ -85,6 +87,12 @@ async def call_tools(request: web.Request) -> web.StreamResponse:
 async def finish_sessions(request: web.Request) -> web.StreamResponse:
     names = await _own_sessions(request)
     return await reply_each(request, "records", [request.app[SESSIONS].finish(name) for name in names])
+
+
+async def reward_groups(request: web.Request) -> web.Response:
+    allow_server_only(request)
+    groups = [to_group(item, f"groups[{i}]") for i, item in enumerate(await read_items(request, "groups"))]
+    return reply({"rewards": [[to_json(reward) for reward in scored(group)] for group in groups]})
 
 
 async def renew_leases(request: web.Request) -> web.Response:

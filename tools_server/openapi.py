@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 from pydantic import TypeAdapter
 
 from tools_server import wire
+from tools_server.reward_groups import MOST_WEIGHT
 
 ERRORS = {
     400: "malformed",
@@ -14,7 +15,7 @@ ERRORS = {
     403: "a session's token that may not do this",
     404: "the session, or the tool that would run a program, is not here",
     405: "another method",
-    409: "the session's calls do not allow this, e.g. another one had this call_id",
+    409: "what is asked for contradicts itself or the session's calls, e.g. another one had this call_id",
     413: "longer than max_request_bytes",
     429: "a cap is reached and nothing was accepted; Retry-After says when to try again",
     500: "a bug of the server",
@@ -27,8 +28,11 @@ RECORDS = (
     wire.Call,
     wire.CallResult,
     wire.SessionRecord,
+    wire.RewardGroup,
+    wire.Reward,
 )
-REQUESTS = ("OpenSession", "ForkSession", "Call")
+REQUESTS = ("OpenSession", "ForkSession", "Call", "RewardGroup")
+SCHEMAS = "#/components/schemas/"
 OBJECT: dict[str, Any] = {"type": "object"}
 
 
@@ -61,13 +65,22 @@ def _schemas() -> dict[str, Any]:
     """Of the wire's records; those that are sent have no other fields."""
     schemas: dict[str, Any] = {}
     for record in RECORDS:
-        schema = TypeAdapter(record).json_schema()
+        schema = TypeAdapter(record).json_schema(ref_template=SCHEMAS + "{model}")
+        schema.pop("$defs", None)
         schemas[record.__name__] = schema | {"description": (record.__doc__ or "").split("\n\n")[0]}
     for name in REQUESTS:
         schemas[name]["additionalProperties"] = False
     for number in schemas["Call"]["properties"]["deadline_s"]["anyOf"]:
         if number["type"] == "number":
             number["minimum"] = 0
+    weight = {"minimum": -MOST_WEIGHT, "maximum": MOST_WEIGHT}
+    for name in ("OpenSession", "SessionRecord"):
+        schemas[name]["properties"]["preference"]["additionalProperties"] |= weight
+    record = schemas["SessionRecord"]["properties"]
+    record["outcome"] |= {"minimum": 0, "maximum": 1}
+    for field in (record["cost_usd"], record["latency_s"], record["tool_counts"]["additionalProperties"]):
+        field["minimum"] = 0
+    schemas["RewardGroup"]["properties"]["records"]["minItems"] = 1
     schemas["Error"] = _closed(error={"type": "string", "description": "one line"})
     return schemas
 
@@ -102,6 +115,13 @@ def _operations() -> list[Operation]:
             "Judge sessions.",
             _list("session_ids", {"type": "string"}),
             _answers("records", "SessionRecord"),
+        ),
+        Operation(
+            "post",
+            "/v1/rewards",
+            "Score siblings by their records.",
+            _items("groups", "RewardGroup"),
+            _list("rewards", {"type": "array", "items": _ref("Reward")}, most=None),
         ),
         Operation(
             "post",
@@ -157,7 +177,7 @@ def _json(schema: dict[str, Any]) -> dict[str, Any]:
 
 
 def _ref(name: str) -> dict[str, Any]:
-    return {"$ref": f"#/components/schemas/{name}"}
+    return {"$ref": SCHEMAS + name}
 
 
 def _closed(**properties: Any) -> dict[str, Any]:

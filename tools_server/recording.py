@@ -57,6 +57,7 @@ class Recorder:
         if spec.side_effect == "write":
             return await carry_out()
         world = "" if context.simulation is None else context.simulation.model_dump_json()
+        world += "" if context.clock_s is None else f"at {context.clock_s}"
         key = recording_key(spec, arguments, context.seed, world)
         known = None if self._mode == "record" else self._find(key)
         if known is not None:

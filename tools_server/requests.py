@@ -10,6 +10,7 @@ from typing import Any, NamedTuple, TypeVar
 from aiohttp import web
 
 from tools_server.errors import BadRequest
+from tools_server.reward_groups import preference_mistake
 from tools_server.wire import MAX_ITEMS, Call, ForkSession, OpenSession
 
 T = TypeVar("T")
@@ -29,6 +30,7 @@ FIELDS: dict[type, dict[str, Kind]] = {
         "environment": Kind(str),
         "setup": Kind(dict),
         "seed": Kind(int, True),
+        "preference": Kind(dict, True),
     },
     ForkSession: {"session_id": Kind(str), "new_session_id": Kind(str), "num_calls": Kind(int, True)},
     Call: {
@@ -92,6 +94,8 @@ def to_record(item: Any, where: str, kind: type[T]) -> T:
     for name, value in item.items():
         if not _fits(value, fields[name]):
             raise BadRequest(f"{where}.{name}: expected {JSON_TYPES[fields[name].type]}")
+    if "preference" in item and (mistake := preference_mistake(item["preference"])):
+        raise BadRequest(f"{where}.{mistake}")
     return record
 
 

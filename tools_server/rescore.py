@@ -76,13 +76,14 @@ async def record_of(trace: Trace, sessions: Sessions, default_user: str = "silen
                 return Verdict(0.0, "the stored verdict is not of these inputs", seen, valid=False)
             return Verdict(**stored)
 
-        return await settle(trace.session.session_id, setup, trace.calls, verify_again)
+        return await settle(trace.session, setup, trace.calls, verify_again)
     if any(result.error == "infra_error" for _, result in trace.calls):  # cut half-way: there was nothing to judge
         bill = Ledger()
         for _, result in trace.calls:
             bill.charge(result)
-        name = trace.session.session_id
-        return SessionRecord(name, 0.0, bill.cost_usd, bill.latency_s, bill.tool_counts, "infra_error")
+        sums = bill.cost_usd, bill.latency_s, bill.tool_counts
+        session = trace.session
+        return SessionRecord(session.session_id, 0.0, *sums, "infra_error", preference=session.preference)
     opened = await _answer(sessions.open(_without_models(trace, default_user)))
     if opened.error is not None:
         raise ValueError(f"the session cannot be opened: {opened.error}")

@@ -21,7 +21,7 @@ The released code's arithmetic differs from the paper in five ways, none of whic
    generation as modelled.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 
 def group_rewards(
@@ -42,24 +42,41 @@ def group_rewards(
             minima and maxima.
         preference: weight per feature: "outcome", "cost", "latency" (names that no tool may have), or a tool.
     """
+    features = group_features(outcomes, costs_usd, latencies_s, tool_counts, preference)
+    assert len(valid) == len(features)
+    rewards = [0.0] * len(features)
+    for i, own in enumerate(features):
+        for name, value in own.items():
+            rewards[i] += preference[name] * value  # not `sum`, whose rounding depends on Python's version
+    return [
+        (reward if outcome >= 1 else 0.0) if is_valid else invalid_reward
+        for reward, outcome, is_valid in zip(rewards, outcomes, valid, strict=True)
+    ]
+
+
+def group_features(
+    outcomes: Sequence[float],
+    costs_usd: Sequence[float],
+    latencies_s: Sequence[float],
+    tool_counts: Sequence[Mapping[str, int]],
+    preference: Iterable[str],
+) -> list[dict[str, float]]:
+    """M_norm of each trajectory, each feature of the preference in [0, 1]; arguments as of `group_rewards`."""
     size = len(outcomes)
-    assert all(len(values) == size for values in (costs_usd, latencies_s, tool_counts, valid))
+    assert all(len(values) == size for values in (costs_usd, latencies_s, tool_counts))
     signed: dict[str, Sequence[float]] = {
         "outcome": outcomes,
         "cost": [-cost for cost in costs_usd],
         "latency": [-latency for latency in latencies_s],
     }
-    rewards = [0.0] * size
-    for feature, weight in preference.items():
-        values = signed.get(feature)
+    features: list[dict[str, float]] = [{} for _ in outcomes]
+    for name in preference:
+        values = signed.get(name)
         if values is None:
-            values = [counts.get(feature, 0) for counts in tool_counts]
-        for i, value in enumerate(_min_max(values)):
-            rewards[i] += weight * value
-    return [
-        (reward if outcome >= 1 else 0.0) if is_valid else invalid_reward
-        for reward, outcome, is_valid in zip(rewards, outcomes, valid, strict=True)
-    ]
+            values = [counts.get(name, 0) for counts in tool_counts]
+        for own, value in zip(features, _min_max(values), strict=True):
+            own[name] = value
+    return features
 
 
 def _min_max(values: Sequence[float]) -> list[float]:

@@ -240,10 +240,9 @@ class Session:
                 log.exception("session %s: its environment failed to judge", self.wanted.session_id)
                 self._error = "env_error"
         self._over = True
-        bill = self._ledger
-        return SessionRecord(
-            self.wanted.session_id, outcome, bill.cost_usd, bill.latency_s, bill.tool_counts, self._error
-        )
+        bill, name = self._ledger, self.wanted.session_id
+        sums = bill.cost_usd, bill.latency_s, bill.tool_counts
+        return SessionRecord(name, outcome, *sums, self._error, preference=self.wanted.preference)
 
     async def _open_off_loop(self, origin: "tuple[Session, int] | None") -> SessionOpened:
         async with self._in_order:

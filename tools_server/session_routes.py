@@ -21,7 +21,7 @@ def accept_calls(request: web.Request, calls: list[Call]) -> list[Answer[CallRes
 
 async def open_one(request: web.Request) -> web.Response:
     allow_server_only(request)
-    wanted = await read_object(request, "environment", "setup", "seed")
+    wanted = await read_object(request, "environment", "setup", "seed", "preference")
     session = to_record(wanted | {"session_id": request.match_info["id"]}, "session", OpenSession)
     sessions = request.app[SESSIONS]
     sessions.admit_sessions([session.session_id])

@@ -78,7 +78,8 @@ class Sessions:
         session = self._sessions.get(name)
         if session is not None:
             if session.wanted != wanted:
-                return SessionOpened(name, error=f"session {name!r} is open with another setup, environment or seed")
+                differs = "another environment, setup, seed or preference"
+                return SessionOpened(name, error=f"session {name!r} is open with {differs}")
             return session.opened
         if name in self._records:
             return SessionOpened(name, error=f"session {name!r} is finished; choose another session_id")

@@ -110,6 +110,8 @@ class CallContext:
     """How many orchestrators stand above this one."""
     simulation: Section | None = None
     """What simulated experts know of the task (a `tools.simulated.Simulation`)."""
+    clock_s: float | None = None
+    """The session's moment, in seconds since 1970 (UTC); None = the machine's clock."""
 
 
 class Tool(Protocol):

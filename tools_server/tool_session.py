@@ -8,6 +8,7 @@ import asyncio
 import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import asdict, replace
+from datetime import UTC, datetime
 from typing import Any
 
 from pydantic import Field, ValidationError
@@ -72,6 +73,12 @@ class ToolsSetup(Section):
     verifier: Verifier | None = Field(None, description="None: any final answer counts as right")
     depth: int = Field(0, ge=0, description="orchestrators above this one")
     simulation: Simulation | None = Field(None, description="what simulated experts know of the task")
+    clock: datetime | None = Field(None, description="UTC, and it stands still: what Python programs take for now")
+
+    @property
+    def clock_s(self) -> float | None:
+        clock = self.clock
+        return None if clock is None else (clock if clock.tzinfo else clock.replace(tzinfo=UTC)).timestamp()
 
 
 class ToolSession:
@@ -256,7 +263,8 @@ class ToolSession:
         if not call.name:
             return Observation("", "answered", ended=True)
         self._num_calls += 1
-        context = CallContext(call.session_id, self.wanted.seed, self._setup.depth, self._setup.simulation)
+        setup = self._setup
+        context = CallContext(call.session_id, self.wanted.seed, setup.depth, setup.simulation, setup.clock_s)
         output = await self._toolbox.call(call.name, call.arguments, context)
         spec = self._toolbox.tools[call.name].spec
         return Observation(
@@ -275,7 +283,7 @@ class ToolSession:
         if pending:
             await asyncio.wait(pending)
         self._over = True
-        return await settle(self.wanted.session_id, self._setup, self.history(), self._verifiers.verify)
+        return await settle(self.wanted, self._setup, self.history(), self._verifiers.verify)
 
 
 def _over_budget(most: float, unit: str) -> str:
@@ -283,7 +291,7 @@ def _over_budget(most: float, unit: str) -> str:
 
 
 async def settle(
-    session_id: str, setup: ToolsSetup, history: Sequence[tuple[Call, CallResult]], verify: Verify
+    session: OpenSession, setup: ToolsSetup, history: Sequence[tuple[Call, CallResult]], verify: Verify
 ) -> SessionRecord:
     """The record that follows from a session's set-up and calls. Without a final answer the task is unsolved."""
     ledger, answer, error = Ledger(), None, None
@@ -302,6 +310,7 @@ async def settle(
                 verdict, outcome = asdict(found), found.value
                 error = None if found.valid else "infra_error"
             except Exception:
-                log.exception("session %s: its verifier failed", session_id)
+                log.exception("session %s: its verifier failed", session.session_id)
                 error, outcome = "env_error", 0.0
-    return SessionRecord(session_id, outcome, ledger.cost_usd, ledger.latency_s, ledger.tool_counts, error, verdict)
+    sums = ledger.cost_usd, ledger.latency_s, ledger.tool_counts
+    return SessionRecord(session.session_id, outcome, *sums, error, verdict, session.preference)

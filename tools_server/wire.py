@@ -7,6 +7,7 @@ one request per burst, not one per call:
     POST /v1/calls     {"calls": [Call, ...]}             -> {"results": [CallResult, ...]}
     POST /v1/forks     {"forks": [ForkSession, ...]}      -> {"sessions": [SessionOpened, ...]}
     POST /v1/finish    {"session_ids": [str, ...]}        -> {"records": [SessionRecord, ...]}
+    POST /v1/rewards   {"groups": [RewardGroup, ...]}     -> {"rewards": [[Reward, ...], ...]}
     POST /v1/heartbeats {"session_ids": [str, ...]}       -> {"renewed": [bool, ...]}; false: not open here
     GET  /healthz                                  -> {"status": "ok", "version": ..., "sessions": n, "lease_s": s}
     GET  /v1/experts                                      -> {"experts": {name: profile}}
@@ -68,6 +69,9 @@ reward: `unknown_session` and `infra_error` are worth another attempt, `env_erro
 class OpenSession:
     """Start one trajectory in an environment. `session_id` is chosen by the client and unique per trajectory.
 
+    `preference` is the user's: a weight by feature, as `rewards.py` has them. It changes nothing in the session; its
+    trace and its record carry it to where rewards are made.
+
     Example: OpenSession("s3/train-7/0", "experts", {"model_mapping": {...}, "simulation": {...}}, seed=17)
     """
 
@@ -75,6 +79,7 @@ class OpenSession:
     environment: str
     setup: dict[str, Any]
     seed: int = 0
+    preference: dict[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -156,7 +161,7 @@ class SessionRecord:
     """The verdict on a finished trajectory. Costs in USD, latency in seconds, summed over its calls.
 
     With `error` set nothing was judged: the outcome of 0 is no reward. `verdict` is the verifier's account (fields of
-    `verifiers.Verdict`) where one judged.
+    `verifiers.Verdict`) where one judged; `preference` is the session's.
     """
 
     session_id: str
@@ -166,6 +171,37 @@ class SessionRecord:
     tool_counts: dict[str, int]
     error: str | None = None
     verdict: dict[str, Any] | None = None
+    preference: dict[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class RewardGroup:
+    """Siblings, trajectories of one task, whose rewards are relative to each other.
+
+    `records` are theirs, with what only the client knows added to cost and latency: the orchestrator's own tokens.
+    `malformed` are the session ids of those that get `invalid_reward`, because the orchestrator's text was no call.
+    """
+
+    records: list[SessionRecord]
+    malformed: list[str] = field(default_factory=list)
+    invalid_reward: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Reward:
+    """A trajectory's worth beside its siblings: its `components`, in [0, 1], times the preference; 0 if unsolved.
+
+    With `valid` False the infrastructure failed: it stands outside the group, and `value` is no reward. `version` is
+    of the formula, `inputs_digest` (SHA-256) of the group.
+    """
+
+    session_id: str
+    value: float
+    valid: bool
+    components: dict[str, float]
+    reason: str
+    version: str
+    inputs_digest: str
 
 
 def to_json(record: Any) -> dict[str, Any]:

@@ -329,7 +329,8 @@ def _derive_seed(seed: int, name: str) -> int:
 
 
 def _open(tools: ToolClient, task: Task, session_id: str, seed: int) -> asyncio.Future[SessionOpened]:
-    return tools.open(OpenSession(session_id, task.environment, task.setup, _derive_seed(seed, task.task_id)))
+    seed = _derive_seed(seed, task.task_id)
+    return tools.open(OpenSession(session_id, task.environment, task.setup, seed, task.preference))
 
 
 async def _accepted(task: Task, opening: asyncio.Future[SessionOpened]) -> SessionOpened:

@@ -364,14 +364,14 @@ def test_it_does_not_start_without_a_sandbox_unless_told_to(monkeypatch):
 # The tool
 
 
-def ask(code, **options):
+def ask(code, context=CONTEXT, **options):
     async def main():
         config = PythonConfig.model_validate(
             {"kind": "python", "sandboxes": 1, "cpu_s": 1, "usd_per_call": 0.25, "usd_per_second": 2, **options}
         )
         [tool] = await PythonTool("python", config).start()
         try:
-            output = await tool.call({"code": code}, CONTEXT)
+            output = await tool.call({"code": code}, context)
             return output, tool.spec.price
         finally:
             await tool.close()
@@ -397,6 +397,48 @@ def ask(code, **options):
 def test_what_the_orchestrator_reads(code, content, error):
     output, _ = ask(code)
     assert (output.content, output.error) == (content.strip(), error)
+
+
+NOW_S = 1747305000.25  # 2025-05-15T10:30:00.25Z
+
+STOPPED = """
+import datetime, pickle, time
+from datetime import date, datetime as moment, timedelta, timezone
+began_s = time.perf_counter()
+time.sleep(0.01)
+assert time.perf_counter() - began_s >= 0.01, "measured times go on"
+assert (time.time(), time.time_ns()) == (1747305000.25, 1747305000250000000)
+assert time.gmtime()[:6] == time.localtime()[:6] == (2025, 5, 15, 10, 30, 0) and time.gmtime(0).tm_year == 1970
+assert time.strftime("%Y-%m-%d") == "2025-05-15" and time.strftime("%Y", time.gmtime(0)) == "1970"
+assert time.ctime() == time.asctime() == "Thu May 15 10:30:00 2025"
+assert date.today() == date(2025, 5, 15) == moment.now().date() and repr(date.today()) == "datetime.date(2025, 5, 15)"
+assert moment.now() == moment.today() == moment.utcnow() == moment(2025, 5, 15, 10, 30, 0, 250000)
+assert moment.now(timezone.utc).isoformat() == "2025-05-15T10:30:00.250000+00:00"
+assert repr(moment.now()) == "datetime.datetime(2025, 5, 15, 10, 30, 0, 250000)"
+assert moment.now() + timedelta(days=20) == moment.fromisoformat("2025-06-04T10:30:00.250")
+assert isinstance(moment.now(), date) and isinstance(moment.now().date(), date) and issubclass(moment, date)
+assert pickle.loads(pickle.dumps(moment.now())) == moment.now()
+class Day(date): pass
+assert isinstance(Day.today(), Day) and not isinstance(date.today(), Day)
+print(moment.now())
+1 / 0
+"""
+
+
+def test_a_session_may_have_a_clock_that_stands_still():
+    """Lines of the program keep their numbers."""
+    output, _ = ask(STOPPED, CallContext("s", seed=0, clock_s=NOW_S))
+    assert output.content.splitlines() == [
+        "2025-05-15 10:30:00.250000",
+        "Traceback (most recent call last):",
+        f'  File "<program>", line {len(STOPPED.splitlines())}, in <module>',
+        "ZeroDivisionError: division by zero",
+    ]
+
+
+def test_without_one_it_is_the_machines_time():
+    output, _ = ask("import datetime, time; print(time.time(), datetime.datetime.now().timestamp())")
+    assert all(abs(float(seconds) - time.time()) < 60 for seconds in output.content.split())
 
 
 def test_the_bill_is_for_the_programs_seconds():

@@ -13,8 +13,10 @@ from fake_endpoint import completion, endpoint
 from tools_server.app import SESSIONS, make_app
 from tools_server.config import RecordingConfig, ServerConfig
 from tools_server.recording import Recorder, recording_key
+from tools_server.sessions import Sessions
 from tools_server.tool import CallContext, ToolOutput, ToolSpec, Usage
 from tools_server.trace import TraceFile
+from tools_server.wire import OpenSession
 
 SPEC = ToolSpec("t", "", {"type": "object"})
 EXPERT = {
@@ -82,6 +84,17 @@ def test_what_a_key_is_made_of():
         recording_key(SPEC, {"a": 1, "b": "\ud800"}, 0),
     }
     assert len(others - {same}) == 6
+
+
+def test_another_clock_is_another_call(tmp_path):
+    async def main():
+        file, work = recorder(tmp_path / "calls.sqlite", "replay"), Counted()
+        for clock_s in (None, 0.0, 1.0, 0.0, None):
+            await file.call(SPEC, {}, CallContext("s", seed=1, clock_s=clock_s), work)
+        file.close()
+        return work.num_calls
+
+    assert asyncio.run(main()) == 3
 
 
 def test_equal_calls_at_once_are_carried_out_once_and_survive_a_cancelled_one(tmp_path):
@@ -294,6 +307,18 @@ def test_what_prometheus_reads(traces):
     assert "tools_event_loop_lag_seconds_bucket" in metrics
 
 
+def test_an_environments_record_has_the_sessions_preference():
+    async def main():
+        sessions = Sessions(ServerConfig.model_validate({"experts": {"e": EXPERT}}))
+        setup = {"model_mapping": {"answer-1": "e"}, "simulation": {"difficulty": 1}}
+        sessions.open(OpenSession("a", "experts", setup, preference={"cost": 0.5}))
+        record = sessions.finish("a")
+        await sessions.close()
+        return record
+
+    assert asyncio.run(main()).preference == {"cost": 0.5}
+
+
 def test_a_stopping_server_takes_no_session_and_lets_the_open_ones_end():
     config = ServerConfig.model_validate({"experts": {"e": EXPERT}})
 
@@ -301,7 +326,6 @@ def test_a_stopping_server_takes_no_session_and_lets_the_open_ones_end():
         app = make_app(config)
         sessions = app[SESSIONS]
         from tools_server.__main__ import _drain
-        from tools_server.wire import OpenSession
 
         setup = {"model_mapping": {"answer-1": "e"}}
         sessions.open(OpenSession("a", "experts", setup))

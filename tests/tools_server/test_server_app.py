@@ -156,6 +156,7 @@ def test_a_batch_of_sessions_from_open_to_record():
                 "tool_counts": {"search-1": 1, "answer-1": 1},
                 "error": None,
                 "verdict": None,
+                "preference": {},
             },
             {
                 "session_id": "b",
@@ -165,6 +166,7 @@ def test_a_batch_of_sessions_from_open_to_record():
                 "tool_counts": {"answer-1": 1},
                 "error": None,
                 "verdict": None,
+                "preference": {},
             },
         ]
 
@@ -190,7 +192,7 @@ def test_one_id_for_two_things_is_refused():
         await server.open("a")
         for other in ({"seed": 1}, {"setup": SETUP | {"more": 1}}):
             [refused] = await server.open("a", **other)
-            assert refused["error"] == "session 'a' is open with another setup, environment or seed"
+            assert refused["error"] == "session 'a' is open with another environment, setup, seed or preference"
         await server.call(("a", "0", "search", {"model": "search-1"}))
         body = {"session_id": "a", "call_id": "0", "name": "answer", "arguments": {"model": "answer-1"}}
         status, answer = await server.request("POST", "/v1/calls", {"calls": [body]})

@@ -121,6 +121,7 @@ def test_a_task_from_question_to_verdict(search):
             "latency_s": 2.5,
             "tool_counts": {"search": 1, "python": 1},
             "error": None,
+            "preference": {},
         }
         assert (verdict["value"], verdict["valid"], verdict["verifier"]) == (1.0, True, "exact/1")
         assert len(verdict["inputs_digest"]) == 64

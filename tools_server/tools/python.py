@@ -6,6 +6,7 @@ from tools_server.config import PythonConfig, RemotePythonConfig
 from tools_server.sandbox.bubblewrap import Limits, Run, SandboxFailure
 from tools_server.sandbox.pool import SandboxPool
 from tools_server.sandbox.remote import RemoteRunner, Runner
+from tools_server.sandbox.worker import CLOCK
 from tools_server.tool import CallContext, Price, ToolOutput, ToolSpec, Usage, object_schema
 
 DESCRIPTION = (
@@ -51,8 +52,9 @@ class PythonTool:
 
     async def call(self, arguments: dict[str, Any], context: CallContext) -> ToolOutput:
         """stdout, and what went wrong. A program that runs too long is the model's fault, a broken sandbox is not."""
+        clock = "" if context.clock_s is None else f"{CLOCK.decode()}{context.clock_s!r}\n"
         try:
-            run, wait_s = await self.pool.run(arguments["code"], self.spec.timeout_s)
+            run, wait_s = await self.pool.run(clock + arguments["code"], self.spec.timeout_s)
         except SandboxFailure as failure:
             return ToolOutput(str(failure), "infra_error")
         content, error = describe(run, self.spec.timeout_s)
