@@ -179,6 +179,17 @@ class SamplerConfig(Section):
     vllm: VllmConfig | None = Field(default=None, description="sample with vLLM servers instead of in this process")
 
 
+class OrchestratorPrice(Section):
+    """What the orchestrator's own tokens add to the cost and latency of a trajectory."""
+
+    usd_per_million_input_tokens: float = Field(default=0.0, ge=0, description="of all turns' prompts")
+    usd_per_million_cached_tokens: float | None = Field(
+        default=None, ge=0, description="of what a prompt shares with the turn before; null = as other input (paper)"
+    )
+    usd_per_million_output_tokens: float = Field(default=0.0, ge=0, description="of what it samples")
+    seconds_per_output_token: float = Field(default=0.0, ge=0, description="modelled, added to the latency")
+
+
 class RolloutConfig(Section):
     max_turns: PositiveInt = Field(default=50, description="completions per trajectory (paper: 50)")
     max_tokens_per_turn: PositiveInt = Field(description="sampled tokens per completion")
@@ -192,8 +203,7 @@ class RolloutConfig(Section):
     call_retries: int = Field(default=3, ge=0, description="after network failures, with exponential back-off")
     trajectory_retries: int = Field(default=1, ge=0, description="fresh attempts after an infrastructure failure")
     group_deadline_s: PositiveFloat | None = Field(default=None, description="who takes longer is named and left out")
-    orchestrator_usd_per_million_tokens: float = Field(default=0.0, ge=0, description="added to a trajectory's cost")
-    orchestrator_seconds_per_token: float = Field(default=0.0, ge=0, description="modelled, added to its latency")
+    orchestrator: OrchestratorPrice = OrchestratorPrice()
 
 
 class RewardConfig(Section):

@@ -23,7 +23,7 @@ from aiohttp import web
 
 from tools_server.app import SESSIONS, make_app
 from tools_server.config import TOKEN_VARIABLE, ServerConfig, load_config
-from tools_server.errors import one_line
+from tools_server.errors import log, one_line
 from tools_server.sessions import Sessions
 
 DRAIN_S = 8.0
@@ -75,7 +75,8 @@ async def check(config: ServerConfig) -> int:
 
 async def serve(config: ServerConfig, exit_with_parent: bool) -> None:
     """Serve until told to stop, then drain. Raises ValueError where it cannot listen."""
-    if not os.environ.get(TOKEN_VARIABLE) and not _is_loopback(config.host):
+    open_to_all = not os.environ.get(TOKEN_VARIABLE)
+    if open_to_all and not _is_loopback(config.host):
         raise ValueError(f"host {config.host} is open to other machines: set {TOKEN_VARIABLE}, or use 127.0.0.1")
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()
@@ -90,6 +91,8 @@ async def serve(config: ServerConfig, exit_with_parent: bool) -> None:
         await runner.setup()
         await _listen(runner, config)
         _spare_collector()
+        if open_to_all:
+            log.warning("no token is asked for, so whoever works on this machine may call: set %s", TOKEN_VARIABLE)
         host, port = runner.addresses[0][:2]
         print(f"tools-server ready http://{f'[{host}]' if ':' in host else host}:{port}", flush=True)
         await stop.wait()

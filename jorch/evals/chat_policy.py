@@ -15,6 +15,7 @@ from jorch.config import EvalConfig
 from jorch.evals.chat_endpoint import ChatEndpoint, ConversationRefused
 from jorch.rollout.driver import MALFORMED
 from jorch.rollout.outcomes import EvalRow, row_from
+from jorch.rollout.own_tokens import OwnTokens
 from jorch.rollout.tool_client import Call, CallResult, OpenSession, ToolClient
 from jorch.types import Task, Termination
 
@@ -65,25 +66,26 @@ class _Conversation:
         digest = hashlib.blake2b(f"{self.config.seed}/{self.task.task_id}".encode(), digest_size=8).digest()
         self.session_id = f"{uuid.uuid4().hex}/{self.task.task_id}"
         task, seed = self.task, int.from_bytes(digest, "big") >> 1
-        opened = await self.tools.open(OpenSession(self.session_id, task.environment, task.setup, seed))
+        session = OpenSession(self.session_id, task.environment, task.setup, seed, task.preference)
+        opened = await self.tools.open(session)
         if opened.error:
             raise ValueError(f"the tool server refused task {task.task_id}: {opened.error}")
         self.messages: list[dict[str, Any]] = list(opened.messages or task.messages)
         self.schemas = list(opened.tools or task.tools)
-        self.malformed = self.sampled_tokens = 0
+        self.malformed, self.own = 0, OwnTokens()
         with self.tools.keep(self.session_id):
             termination = await self._converse()
         record = await self.tools.finish(self.session_id)
         if termination == "infra_error" or record.error in _LOST:
             return None
-        rollout = self.config.rollout
+        price = self.config.rollout.orchestrator
         if record.error:
             termination = "env_error"
         return row_from(
             task,
             record.outcome if termination in ("answered", "ended") else 0.0,
-            record.cost_usd + self.sampled_tokens * rollout.orchestrator_usd_per_million_tokens / 1e6,
-            record.latency_s + self.sampled_tokens * rollout.orchestrator_seconds_per_token,
+            record.cost_usd + self.own.cost_usd(price),
+            record.latency_s + self.own.latency_s(price),
             record.tool_counts,
             format_valid=self.malformed == 0,
             termination=termination,
@@ -106,7 +108,7 @@ class _Conversation:
                         f"endpoint {self.endpoint.url} refused task {self.task.task_id} at its first request"
                     ) from None
                 return "max_tokens"
-            self.sampled_tokens += (answer.get("usage") or {}).get("completion_tokens") or 0
+            self.own = self.own.with_usage(answer.get("usage") or {})
             choice = answer["choices"][0]
             ending = await self._act(number, choice["message"], choice.get("finish_reason"))
             if ending:

@@ -16,6 +16,7 @@ import numpy as np
 from jorch.data.chat import ParsedCalls, parse_calls, render_observation, render_prompt, truncate_middle
 from jorch.data.conversation import Conversation
 from jorch.data.tokenizer import Tokenizer
+from jorch.rollout.own_tokens import own_tokens
 from jorch.rollout.sampler import Sampler
 from jorch.rollout.tool_client import Call, OpenSession, SessionOpened, SessionRecord, ToolClient, ToolServerDown
 from jorch.sections import ChatConfig, RolloutConfig
@@ -267,7 +268,7 @@ class Driver:
         malformed: int,
         record: SessionRecord,
     ) -> Trajectory:
-        sampled = sum(len(turn.completion.token_ids) for turn in turns)
+        own, price = own_tokens(turns), self.config.orchestrator
         return Trajectory(
             task_id=task.task_id,
             trajectory_id=trajectory_id,
@@ -275,8 +276,8 @@ class Driver:
             termination=termination,
             outcome=record.outcome if termination in ("answered", "ended") else 0.0,
             num_malformed=malformed,
-            cost_usd=record.cost_usd + sampled * self.config.orchestrator_usd_per_million_tokens / 1e6,
-            latency_s=record.latency_s + sampled * self.config.orchestrator_seconds_per_token,
+            cost_usd=record.cost_usd + own.cost_usd(price),
+            latency_s=record.latency_s + own.latency_s(price),
             tool_counts=record.tool_counts,
         )
 

@@ -21,11 +21,12 @@ from jorch.data.chat import render_observation, render_prompt
 from jorch.data.qwen3_chat import render
 from jorch.rl.samples import from_trajectory
 from jorch.rollout.driver import Driver
+from jorch.rollout.own_tokens import own_tokens
 from jorch.rollout.tool_client import ToolClient, ToolServerDown
-from jorch.sections import ChatConfig, RolloutConfig
+from jorch.sections import ChatConfig, OrchestratorPrice, RolloutConfig
 from jorch.synth.miniature import call_text, catalogue, make_task
 from jorch.synth.sft import train_tokenizer
-from jorch.types import Completion, CompletionRequest, Task
+from jorch.types import Completion, CompletionRequest, Task, Turn
 
 TOKENIZER = train_tokenizer()
 END = "<|im_end|>"
@@ -464,18 +465,34 @@ def test_the_same_task_may_occur_twice_in_a_batch(server):
     assert len({t.trajectory_id for group in groups for t in group}) == 4
 
 
-def test_the_orchestrators_own_tokens_are_billed(server):
-    free = roll_out_one(server, TASK, [call_text(SEARCH), call_text(ANSWER)])
-    billed = roll_out_one(
-        server,
-        TASK,
-        [call_text(SEARCH), call_text(ANSWER)],
-        orchestrator_usd_per_million_tokens=200.0,
-        orchestrator_seconds_per_token=0.5,
+@pytest.mark.parametrize(("cached", "as_billed"), [(None, 300.0), (20.0, 20.0)])
+def test_the_orchestrators_own_tokens_are_billed(server, cached, as_billed):
+    """A turn's prompt begins with the one before and its completion, which are cached by then."""
+    texts = [call_text(SEARCH), call_text(ANSWER)]
+    price = {
+        "usd_per_million_input_tokens": 300.0,
+        "usd_per_million_cached_tokens": cached,
+        "usd_per_million_output_tokens": 7000.0,
+        "seconds_per_output_token": 0.5,
+    }
+    free, billed = (
+        roll_out_one(server, TASK, texts, orchestrator=OrchestratorPrice.model_validate(of)) for of in ({}, price)
     )
-    sampled = sum(len(turn.completion.token_ids) for turn in billed.turns)
-    assert billed.cost_usd - free.cost_usd == pytest.approx(sampled * 200e-6)
-    assert billed.latency_s - free.latency_s == pytest.approx(sampled * 0.5)
+    first, second = ((len(t.prompt_token_ids), len(t.completion.token_ids)) for t in billed.turns)
+    output, held = first[1] + second[1], first[0] + first[1]
+    fresh = first[0] + second[0] - held
+    assert billed.cost_usd - free.cost_usd == pytest.approx((fresh * 300 + held * as_billed + output * 7000) / 1e6)
+    assert billed.latency_s - free.latency_s == pytest.approx(output * 0.5)
+
+
+def test_a_prompt_that_differs_is_not_cached_from_there_on():
+    def turn(prompt, completion):
+        versions = np.zeros(len(completion), np.int32)
+        sampled = Completion(np.array(completion, np.int32), np.zeros(len(completion), np.float32), "stop", versions)
+        return Turn(np.array(prompt, np.int32), sampled, (), ())
+
+    assert own_tokens([]) == (0, 0, 0)
+    assert own_tokens([turn([1, 2, 3], [4, 5]), turn([1, 2, 3, 9, 5, 6], [7]), turn([1], [])]) == (6, 4, 3)
 
 
 def test_a_long_prompt_loses_its_middle(server):

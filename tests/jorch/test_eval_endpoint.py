@@ -17,7 +17,7 @@ from jorch.evals.chat_policy import play_chat
 from jorch.evals.metrics import summarise
 from jorch.rollout.server_process import start_tool_server
 from jorch.rollout.tool_client import ToolClient
-from jorch.sections import MiniatureConfig
+from jorch.sections import MiniatureConfig, OrchestratorPrice
 from jorch.synth import miniature
 
 TASKS = list(miniature.tasks(MiniatureConfig(num_train=24), "train", 0))
@@ -91,11 +91,15 @@ def test_it_scores_as_the_same_policy_without_a_chat(url, monkeypatch):
 
 
 def test_its_own_tokens_are_billed(url):
-    (free,), (billed,) = (
-        play(url, policy, tasks=TASKS[:1], orchestrator_usd_per_million_tokens=price)[1] for price in (0.0, 100.0)
-    )
+    async def cached(body):
+        answer = await policy(body)
+        return answer | {"usage": completion(None, prompt_tokens=50, completion_tokens=10, cached_tokens=30)["usage"]}
+
+    prices = ("usd_per_million_input_tokens", 100.0), ("usd_per_million_cached_tokens", 1.0)
+    price = OrchestratorPrice.model_validate(dict(prices) | {"usd_per_million_output_tokens": 7000.0})
+    (free,), (billed,) = (play(url, cached, tasks=TASKS[:1], orchestrator=of)[1] for of in (OrchestratorPrice(), price))
     num_completions = len(TASKS[0].truth["needs"]) + 1
-    assert billed.cost_usd - free.cost_usd == pytest.approx(num_completions * 10 * 100e-6)
+    assert billed.cost_usd - free.cost_usd == pytest.approx(num_completions * (20 * 100 + 30 * 1 + 10 * 7000) / 1e6)
 
 
 @pytest.mark.parametrize(
