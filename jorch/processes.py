@@ -122,6 +122,17 @@ def gather(part: list[Any]) -> list[Any]:
     return [item for found in parts for item in found]
 
 
+def check_agreement(what: str, own: str) -> None:
+    """Raises ValueError where processes do not have the same to say; every process must call it, and all raise."""
+    everyone = gather([own])
+    for rank, other in enumerate(everyone):
+        if other != everyone[0]:
+            raise ValueError(
+                f"{what} differs between processes, which would wait for each other for ever: process 0 has "
+                f"{everyone[0]!r}, process {rank} has {other!r}; run on equal devices, and look at that one"
+            )
+
+
 def to_host(tree: Any) -> Any:
     """Whole arrays of a pytree whose shards lie on several processes, in every process's memory.
 

@@ -5,13 +5,15 @@ from dataclasses import dataclass
 from functools import partial
 
 import jax
+import jax.numpy as jnp
 from jax.sharding import Mesh, PartitionSpec
 
 from jorch.model.layers import Attend
-from jorch.sections import CONTEXT_TOKENS
+from jorch.sections import CONTEXT_TOKENS, ModelConfig
 from jorch.sharding import RULES, sharding
 from kernels.attention.api import SAVED_NAME as SAVED_NAME
 from kernels.attention.api import attention
+from kernels.attention.choice import witnessed
 from kernels.attention.context import BLOCK, balanced_order, context_attention, reorder
 from kernels.attention.tiles import tile
 
@@ -69,6 +71,24 @@ def packed_rows(mask_BT: jax.Array, head_dim: int, mesh: Mesh | None) -> PackedR
         return context_attention(q_BTNH, k_BTKH, v_BTKH, end_BS=mask_BT, order_BI=order_BI, scale=scale, **lies)
 
     return PackedRows(attend, order_BI, mesh)
+
+
+def chosen_paths(config: ModelConfig, num_tokens: int, mesh: Mesh) -> list[str]:
+    """Which path of attention rows of this length take on this process's devices, and why; nothing is computed.
+
+    Where a kernel is to be taken it is tried here, which may take seconds (`kernels.attention.trial`).
+    """
+    rows, dtype = mesh.shape["data"] * mesh.shape["fsdp"], jnp.dtype(config.compute_dtype)
+    q, k = (
+        jax.ShapeDtypeStruct((rows, num_tokens, heads, config.head_dim), dtype)
+        for heads in (config.num_attention_heads, config.num_key_value_heads)
+    )
+    with witnessed() as lines:
+        jax.eval_shape(
+            lambda q, k, v, mask: packed_rows(mask, config.head_dim, mesh).attend(q, k, v),
+            *(q, k, k, jax.ShapeDtypeStruct((rows, num_tokens), jnp.int32)),
+        )
+    return lines
 
 
 def _block(num_tokens: int, num_shards: int) -> int:

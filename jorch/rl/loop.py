@@ -30,8 +30,10 @@ from jorch.export import hf, pretrained
 from jorch.export.adapter import Adapter
 from jorch.export.probe import Probe, make_probe_fn
 from jorch.model import lora
+from jorch.model.attention import chosen_paths
 from jorch.model.transformer import Params, Trainable
 from jorch.processes import (
+    check_agreement,
     gather,
     is_writer,
     open_shared_run_folder,
@@ -258,6 +260,7 @@ def _check_lag(config: RlConfig) -> None:
 
 def make_learner(config: RlConfig, mesh: Mesh, start: pretrained.Pretrained) -> Learner:
     algorithm = config.algorithm
+    check_agreement("attention", "; ".join(chosen_paths(start.model.config, config.batch.row_tokens, mesh)))
     optimizer = make_optimizer(config.optimizer, config.steps * config.num_minibatches)
     loss_fn = partial(policy_loss, config=algorithm, on_policy=config.num_minibatches == 1)
     model, params, frozen = lora.start(start.model, start.params, config.lora, config.seed, mesh)

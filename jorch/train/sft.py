@@ -17,8 +17,9 @@ from jorch.data.packing import fill_fraction, pack
 from jorch.data.tokenizer import Tokenizer
 from jorch.metrics import MetricWriter, Stage, stage
 from jorch.model import lora
+from jorch.model.attention import chosen_paths
 from jorch.model.transformer import Params, Qwen3
-from jorch.processes import is_writer
+from jorch.processes import check_agreement, is_writer
 from jorch.sharding import shard_batch
 from jorch.stopping import Terminated, on_sigterm
 from jorch.train.optimizer import make_optimizer
@@ -57,6 +58,7 @@ def train(
     """
     trained, start, frozen = lora.start(model, params, config.lora, config.seed, mesh)
     optimizer = make_optimizer(config.optimizer, config.steps)
+    check_agreement("attention", "; ".join(chosen_paths(model.config, config.batch.row_tokens, mesh)))
     train_step = make_train_step(trained, optimizer, cross_entropy, mesh)
     state = init_state(trained, optimizer, mesh, start)
     meta = describe(config, model.config, tokenizer.digest) | base_meta(config.init_from, frozen)

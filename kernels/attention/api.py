@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from kernels.attention import cudnn, pallas_mosaic_gpu, pallas_tpu, xla_chunked
-from kernels.attention.choice import Implementation, Request, choose, log_once, refusal
+from kernels.attention.choice import Implementation, Request, announce, choose, refusal
 from kernels.attention.gradient import delta
 from kernels.attention.reference import attention_with_lse, visible
 from kernels.attention.tiles import TiledMask, tile
@@ -90,7 +90,7 @@ def attention(
     check(q_BTNH, k_BSKH, v_BSKH, mask, softcap, window)
     window = mask.window if isinstance(mask, TiledMask) else window
     path, reason = choose(implementation, _request(q_BTNH, mask, softcap, window, return_lse))
-    log_once(path, reason)
+    announce(path, reason)
     if path == "cudnn":
         return checkpoint_name(cudnn.causal_attention(q_BTNH, k_BSKH, v_BSKH, scale), SAVED_NAME)
     if path == "reference":

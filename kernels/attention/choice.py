@@ -1,7 +1,9 @@
 """Which path serves a request, and why: the only place that chooses."""
 
+import contextlib
 import functools
 import logging
+from collections.abc import Iterator
 from typing import Any, Literal, NamedTuple, get_args
 
 import jax
@@ -146,7 +148,27 @@ _FAST: dict[str, list[tuple[Implementation, str]]] = {
 """By device, what `auto` tries in this order before the path that serves everything, and why."""
 
 
+_witnesses: list[list[str]] = []
+
+
+@contextlib.contextmanager
+def witnessed() -> Iterator[list[str]]:
+    """What is chosen in the block, a line each, whether or not it was logged before."""
+    lines: list[str] = []
+    _witnesses.append(lines)
+    try:
+        yield lines
+    finally:
+        _witnesses.remove(lines)
+
+
+def announce(implementation: str, reason: str) -> None:
+    """One line in the log for each choice of a process."""
+    for lines in _witnesses:
+        lines.append(f"{implementation}: {reason}")
+    log_once(implementation, reason)
+
+
 @functools.cache
 def log_once(implementation: str, reason: str) -> None:
-    """One line for each choice of a process."""
     logging.getLogger(__name__).info("attention takes %s: %s", implementation, reason)

@@ -17,7 +17,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import Mesh, PartitionSpec
 
 from kernels.attention.api import BY_TILES, SAVED_NAME, check
-from kernels.attention.choice import Implementation, Request, choose, log_once
+from kernels.attention.choice import Implementation, Request, announce, choose
 from kernels.attention.gradient import delta
 from kernels.attention.reference import depths
 from kernels.attention.tiles import TiledMask, active_tiles, tile
@@ -119,7 +119,7 @@ def context_attention(
         )
     check(q_BTNH, k_BSKH, v_BSKH, end_BS, softcap, window)
     path, reason, sizes = _choose(implementation, q_BTNH, num_tiles, mesh, axis, softcap, window)
-    log_once(path, reason)
+    announce(path, reason)
     specs = _Specs(*(PartitionSpec(*of) for of in ((rows, axis, heads), (rows,), (rows, axis))))
     outputs: Any = _attend(
         q_BTNH, k_BSKH, v_BSKH, end_BS, order_BI, _Static(mesh, axis, specs, path, sizes, scale, softcap, window)
