@@ -49,6 +49,12 @@ def test_stems_ranking_and_limits(index):
     assert found(index, "?!") == []
 
 
+def test_stop_words_count_only_where_there_is_nothing_else(index):
+    assert found(index, "Is the cat all there?") == ["cat"]
+    assert found(index, "THE") == ["fox"]
+    assert found(index, "at the") == ["fox", "dog"]
+
+
 def test_scores_are_those_of_bm25_with_a_heavier_title(index):
     """Okapi BM25 as FTS5 defines it (k1 = 1.2, b = 0.75), by hand for the word that one document has."""
     import math

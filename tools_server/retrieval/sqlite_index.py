@@ -16,6 +16,13 @@ THREADS = 4
 MAX_WORDS = 64
 """Of a query; later ones are left out."""
 _WORD = re.compile(r"\w+")
+STOP_WORDS = frozenset(
+    _WORD.findall(
+        "a an and are as at be but by for if in into is it no not of on or such that the their then there these they "
+        "this to was will with"
+    )
+)
+"""Lucene's for English: they tell no passage from another, and outweigh in small indexes what does."""
 
 
 class SearchIndex:
@@ -39,8 +46,12 @@ class SearchIndex:
 
     @staticmethod
     def search(connection: sqlite3.Connection, query: str, num_results: int) -> list[Passage]:
-        """The best passages that hold at least one word of `query`, best first; ties in the order of indexing."""
-        words = _WORD.findall(query)[:MAX_WORDS]
+        """The best passages that hold at least one word of `query`, best first; ties in the order of indexing.
+
+        Stop words count only in a query that has no others.
+        """
+        words = _WORD.findall(query)
+        words = ([word for word in words if word.lower() not in STOP_WORDS] or words)[:MAX_WORDS]
         if not words:
             return []
         match = " OR ".join(f'"{word}"' for word in words)  # quoted: no word is an operator
