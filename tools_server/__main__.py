@@ -11,7 +11,6 @@ import errno
 import gc
 import importlib
 import ipaddress
-import logging
 import os
 import signal
 import socket
@@ -24,6 +23,7 @@ from aiohttp import web
 from tools_server.app import SESSIONS, make_app
 from tools_server.config import TOKEN_VARIABLE, ServerConfig, load_config
 from tools_server.errors import log, one_line
+from tools_server.logs import start_logging
 from tools_server.sessions import Sessions
 
 DRAIN_S = 8.0
@@ -52,7 +52,7 @@ def main() -> int:
 
 
 def _serve(arguments: argparse.Namespace) -> int:
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    start_logging()
     config = load_config(arguments.config or arguments.config_option)
     overrides = {"host": arguments.host, "port": arguments.port}
     config = config.model_copy(update={key: value for key, value in overrides.items() if value is not None})

@@ -115,4 +115,4 @@ class Recorder:
             self.failed = False
         except sqlite3.Error as error:
             self.failed = True
-            log.error("a call of %s was not recorded: %s", spec.name, error)
+            log.error("a call was not recorded: %s", error, extra={"tool": spec.name})

@@ -143,7 +143,7 @@ class Session:
         except (ValueError, InfrastructureFailure) as error:
             return SessionOpened(self.wanted.session_id, error=one_line(error))
         except Exception as error:
-            log.exception("session %s: its environment cannot be built", self.wanted.session_id)
+            log.exception("an environment cannot be built", extra={"session": self.wanted.session_id})
             return SessionOpened(self.wanted.session_id, error=f"env_error: {name_and_line(error)}")
         self._blocking = kind.blocking
         self._set_environment(environment)
@@ -203,7 +203,7 @@ class Session:
         except InfrastructureFailure as failure:
             return Observation(call.name, one_line(failure), error="infra_error", ended=True)
         except Exception as error:
-            log.exception("session %s: its environment failed on %s", call.session_id, call.name)
+            log.exception("an environment failed", extra={"session": call.session_id, "tool": call.name})
             content = f"the environment failed: {type(error).__name__}"
             return Observation(call.name, content, error="env_error", ended=True)
 
@@ -234,10 +234,10 @@ class Session:
             try:
                 outcome = float(self._environment.outcome())
             except InfrastructureFailure as failure:
-                log.warning("session %s: %s", self.wanted.session_id, one_line(failure))
+                log.warning("no verdict: %s", one_line(failure), extra={"session": self.wanted.session_id})
                 self._error = "infra_error"
             except Exception:
-                log.exception("session %s: its environment failed to judge", self.wanted.session_id)
+                log.exception("an environment failed to judge", extra={"session": self.wanted.session_id})
                 self._error = "env_error"
         self._over = True
         bill, name = self._ledger, self.wanted.session_id

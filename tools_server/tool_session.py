@@ -310,7 +310,7 @@ async def settle(
                 verdict, outcome = asdict(found), found.value
                 error = None if found.valid else "infra_error"
             except Exception:
-                log.exception("session %s: its verifier failed", session.session_id)
+                log.exception("the verifier failed", extra={"session": session.session_id})
                 error, outcome = "env_error", 0.0
     sums = ledger.cost_usd, ledger.latency_s, ledger.tool_counts
     return SessionRecord(session.session_id, outcome, *sums, error, verdict, session.preference)

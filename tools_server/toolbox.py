@@ -143,5 +143,5 @@ class Toolbox:
             self._metrics.observe_tool(tool.spec.name, output.work_s, output.wait_s)
             return output
         except Exception as error:
-            log.exception("session %s: tool %s failed", context.session_id, tool.spec.name)
+            log.exception("a tool failed", extra={"session": context.session_id, "tool": tool.spec.name})
             return ToolOutput(f"the tool failed: {type(error).__name__}", "infra_error")

@@ -45,7 +45,7 @@ class TraceFile:
             self.failed = self._file.write(line) != len(line)
         except OSError as error:
             self.failed = True
-            log.error("the trace of session %s was not written: %s", trace.session.session_id, error.strerror)
+            log.error("a trace was not written: %s", error.strerror, extra={"session": trace.session.session_id})
 
 
 def read_trace(line: str, where: str) -> Trace:

@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 from tools_server import registry
 from tools_server.config import ServerConfig
 from tools_server.environment import Branching, Environment, InfrastructureFailure, Observation
+from tools_server.logs import start_logging
 
 READY = "ready"
 PR_SET_PDEATHSIG = 1
@@ -103,7 +104,7 @@ class Process:
 def main() -> None:
     connection = Connection(int(sys.argv[1]))
     _end_with_the_server()
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    start_logging()
     config, kinds, num_threads = connection.recv()
     registry.ENVIRONMENTS.update(kinds)
     process, sending = Process(config), threading.Lock()
