@@ -130,7 +130,7 @@ class Turn:
 
 @dataclass(frozen=True, slots=True)
 class Trajectory:
-    """One attempt at a task. Costs in USD, latencies in seconds, both summed over all tool calls."""
+    """One attempt at a task. Costs in USD, latencies in seconds, of all tool calls and its own tokens."""
 
     task_id: str
     trajectory_id: str

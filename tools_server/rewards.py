@@ -1,4 +1,6 @@
-"""The group reward, defined once (paper section 3). Pure, standard library only; used by `jorch.rl.rewards`.
+"""The group reward, defined once (paper section 3). Pure, standard library only.
+
+Used by `jorch.rl.rewards` and, over HTTP, by `reward_groups.py`.
 
 Every trajectory tau has features M(tau) = [calls per tool ..., outcome, -cost, -latency]. Each feature is
 min-max normalised within the group of trajectories of one task, a constant feature counts 0, and

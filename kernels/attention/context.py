@@ -110,8 +110,7 @@ def context_attention(
     """
     B, T, _, _ = q_BTNH.shape
     num_tiles = order_BI.shape[1]
-    if axis not in mesh.shape:
-        raise ValueError(f"axis={axis!r}; allowed: the mesh's axes, {', '.join(map(repr, mesh.shape))}")
+    _check_axis(axis, mesh)
     if end_BS.shape != (B, T) or order_BI.shape[0] != B or T % num_tiles or num_tiles % mesh.shape[axis]:
         raise ValueError(
             f"end must be [B={B}, T={T}] and order [B={B}, tiles], T a multiple of tiles and tiles a multiple of "
@@ -140,10 +139,16 @@ def why(
     """One line: the path that `context_attention` takes for these arguments, and the reason.
 
     Raises:
-        ValueError: an explicit implementation that cannot serve the request.
+        ValueError: an unknown axis, or an explicit implementation that cannot serve the request.
     """
+    _check_axis(axis, mesh)
     path, reason, _ = _choose(implementation, q_BTNH, order_BI.shape[1], mesh, axis, softcap, window)
     return f"{path}: {reason}"
+
+
+def _check_axis(axis: str, mesh: Mesh) -> None:
+    if axis not in mesh.shape:
+        raise ValueError(f"axis={axis!r}; allowed: the mesh's axes, {', '.join(map(repr, mesh.shape))}")
 
 
 def _choose(

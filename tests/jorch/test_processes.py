@@ -9,18 +9,8 @@ import pytest
 
 from jorch.model.attention import chosen_paths
 from jorch.processes import gather, own_address, own_folder, own_share
-from jorch.sections import MeshConfig, ModelConfig
+from jorch.sections import MeshConfig
 from jorch.sharding import make_mesh
-
-TINY = ModelConfig(
-    vocab_size=64,
-    hidden_size=32,
-    intermediate_size=64,
-    num_hidden_layers=1,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-    head_dim=8,
-)
 
 
 @pytest.fixture
@@ -63,10 +53,10 @@ def test_alone_everything_is_ones_own(tmp_path):
         (1024, "xla_chunked: it skips invisible tiles on any device"),
     ],
 )
-def test_the_path_of_attention_is_known_beforehand(num_tokens, line):
+def test_the_path_of_attention_is_known_beforehand(num_tokens, line, tiny_config):
     """And again, though a process logs each line once only."""
     for _ in range(2):
-        assert chosen_paths(TINY, num_tokens, make_mesh(MeshConfig())) == [line]
+        assert chosen_paths(tiny_config(), num_tokens, make_mesh(MeshConfig())) == [line]
 
 
 DISAGREEING = """
@@ -97,7 +87,7 @@ except ValueError as error:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("fsdp", "num_context"), [("2", "1"), ("1", "2")])
-def test_processes_that_would_run_different_programs_stop(fsdp, num_context):
+def test_processes_that_would_run_different_programs_stop(fsdp, num_context, tiny_config):
     """Each with a device of its own; a row over both of them, or not."""
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
@@ -111,7 +101,7 @@ def test_processes_that_would_run_different_programs_stop(fsdp, num_context):
                 f"{rank}/2@127.0.0.1:{port}",
                 fsdp,
                 num_context,
-                TINY.model_dump_json(),
+                tiny_config().model_dump_json(),
             ],
             stderr=subprocess.PIPE,
             text=True,

@@ -3,11 +3,13 @@
 import subprocess
 import sys
 
+import jax
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from kernels.attention import context
 from kernels.attention.context import balanced_order, reorder
 from kernels.shapes import MASKS
 from tests.kernels.oracle import forests, sees
@@ -43,6 +45,13 @@ def test_every_tile_is_held_once_and_devices_hold_equally_many(forest, num_devic
     moved = reorder(tokens, order[None])
     np.testing.assert_array_equal(moved[0, :BLOCK], tokens[0, order[0] * BLOCK : (order[0] + 1) * BLOCK])
     np.testing.assert_array_equal(reorder(moved, order[None], inverse=True), tokens)
+
+
+def test_why_refuses_an_unknown_axis():
+    mesh = jax.make_mesh((1,), ("data",))
+    q, order = jax.ShapeDtypeStruct((1, 512, 4, 64), "float32"), jax.ShapeDtypeStruct((1, 2), "int32")
+    with pytest.raises(ValueError, match="axis='context'; allowed: the mesh's axes, 'data'"):
+        context.why(q, order_BI=order, mesh=mesh)
 
 
 def test_rows_that_do_not_divide_are_refused():

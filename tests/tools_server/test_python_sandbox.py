@@ -436,6 +436,13 @@ def test_a_session_may_have_a_clock_that_stands_still():
     ]
 
 
+def test_a_clock_before_1970():
+    output, _ = ask(
+        "import time; print(time.time(), time.time_ns(), time.gmtime()[:3])", CallContext("s", 0, clock_s=-0.5)
+    )
+    assert output.content == "-0.5 -500000000 (1969, 12, 31)"
+
+
 def test_without_one_it_is_the_machines_time():
     output, _ = ask("import datetime, time; print(time.time(), datetime.datetime.now().timestamp())")
     assert all(abs(float(seconds) - time.time()) < 60 for seconds in output.content.split())

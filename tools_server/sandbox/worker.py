@@ -42,7 +42,7 @@ def stop_clock(now_s):
     strftime, asctime = time.strftime, time.asctime
     time.strftime = lambda form, moment=None: strftime(form, moment or time.localtime())
     time.asctime = lambda moment=None: asctime(moment or time.localtime())
-    now_ns = int(now_s) * 10**9 + int(now_s % 1 * 10**9)
+    now_ns = int(now_s // 1) * 10**9 + int(now_s % 1 * 10**9)
     time.time, time.time_ns = (lambda: now_s), (lambda: now_ns)
 
     class Kind(type):
