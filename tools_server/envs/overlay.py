@@ -1,13 +1,14 @@
 """Many databases that share one: a frozen base of tables, and for each session only the rows that it changed.
 
-A row is copied when it is fetched by its key, for whoever fetches it may change it; rows seen while iterating are the
-shared ones, to be read only. `commit` keeps what did change and notes what was there before, so that a position in that
-log is a snapshot. The hash of the whole is the sum of its rows' digests modulo 2**256, so that a changed row costs two
-digests, whatever the size of the database. It tells databases apart that nobody has crafted to collide.
+A row is copied when it is handed out, for whoever has it may change it. `commit` keeps what did change and notes what
+was there before, so that a position in that log is a snapshot. The hash of the whole is the sum of its rows' digests
+modulo 2**256, so that a changed row costs two digests, whatever the size of the database. It tells databases apart that
+nobody has crafted to collide.
 """
 
+import copy
 import hashlib
-from collections.abc import Callable, Iterator, Mapping, MutableMapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, MutableSequence
 from typing import Any, NamedTuple, Self, TypeVar
 
 Row = TypeVar("Row")
@@ -20,11 +21,11 @@ class Base:
     """The frozen tables, with a digest of each row."""
 
     def __init__(
-        self, tables: Mapping[str, Mapping[str, Any]], copy: Callable[[Any], Any], to_text: Callable[[Any], str]
+        self, tables: Mapping[str, Mapping[str, Any]], to_text: Callable[[Any], str], scans_only_read: bool = False
     ) -> None:
-        """`copy`: a row that may be changed; `to_text`: all that there is to a row."""
+        """`to_text`: all that there is to a row; `scans_only_read`: as for `ScannedTable`."""
         self.tables = tables
-        self.copy = copy
+        self.table_class: type[Table[Any]] = ScannedTable if scans_only_read else Table
         self._to_text = to_text
         self.digests = {
             table: {key: self.digest(table, key, row) for key, row in rows.items()} for table, rows in tables.items()
@@ -41,9 +42,12 @@ class Base:
 
 
 class Table(MutableMapping[str, Row]):
-    """One table as its session sees it; behaves like the dict that it stands for."""
+    """One table as its session sees it; behaves like the dict that it stands for.
 
-    __slots__ = ("base", "changed", "copy", "fetched")
+    In one thing it does not: a row of the base that was deleted and is set again comes back in its old place.
+    """
+
+    __slots__ = ("base", "changed", "fetched")
 
     def __init__(self, rows: Mapping[str, Row]) -> None:
         self.base = rows
@@ -51,7 +55,6 @@ class Table(MutableMapping[str, Row]):
         """Committed rows that differ from the base's; not changed in place any more."""
         self.fetched: dict[str, Any] = {}
         """Copies given out, and rows set or deleted, since the last commit."""
-        self.copy: Callable[[Any], Any] = lambda row: row
 
     def peek(self, key: str) -> Any:
         """The row as it is now, to be read only; ABSENT where there is none."""
@@ -65,7 +68,7 @@ class Table(MutableMapping[str, Row]):
         if row is ABSENT:
             raise KeyError(key)
         if key not in self.fetched:
-            row = self.fetched[key] = self.copy(row)
+            row = self.fetched[key] = copy.deepcopy(row)
         return row
 
     def __setitem__(self, key: str, row: Row) -> None:
@@ -86,6 +89,18 @@ class Table(MutableMapping[str, Row]):
     def __len__(self) -> int:
         return sum(1 for _ in self)
 
+    def replace(self, rows: Mapping[str, Row]) -> None:
+        """Hold these rows and no others."""
+        for key in [key for key in self if key not in rows]:
+            del self[key]
+        self.update(rows)
+
+
+class ScannedTable(Table[Row]):
+    """A table whose rows are changed only after a fetch by their key: those that a scan meets are the shared ones."""
+
+    __slots__ = ()
+
     def values(self) -> Any:
         """To be read only."""
         return [self.peek(key) for key in self]
@@ -93,6 +108,64 @@ class Table(MutableMapping[str, Row]):
     def items(self) -> Any:
         """To be read only."""
         return [(key, self.peek(key)) for key in self]
+
+
+class RowList(MutableSequence[Row]):
+    """A table whose keys are positions, "0" to "n-1"; behaves like the list that it stands for."""
+
+    __slots__ = ("_table",)
+
+    def __init__(self, table: Table[Row]) -> None:
+        self._table = table
+
+    @staticmethod
+    def keyed(rows: Iterable[Row]) -> dict[str, Row]:
+        """A list as such a table."""
+        return {str(position): row for position, row in enumerate(rows)}
+
+    def replace(self, rows: Iterable[Row]) -> None:
+        """Hold these rows and no others."""
+        self._table.replace(self.keyed(rows))
+
+    def __len__(self) -> int:
+        return len(self._table)
+
+    def __getitem__(self, index: Any) -> Any:
+        if isinstance(index, slice):
+            return [self[position] for position in range(len(self))[index]]
+        return self._table[str(range(len(self))[index])]
+
+    def __setitem__(self, index: Any, value: Any) -> None:
+        rows = list(self)
+        rows[index] = value
+        self.replace(rows)
+
+    def __delitem__(self, index: Any) -> None:
+        rows = list(self)
+        del rows[index]
+        self.replace(rows)
+
+    def insert(self, index: int, value: Row) -> None:
+        rows = list(self)
+        rows.insert(index, value)
+        self.replace(rows)
+
+    def sort(self, *, key: Callable[[Row], Any] | None = None, reverse: bool = False) -> None:
+        rows: list[Any] = list(self)
+        rows.sort(key=key, reverse=reverse)
+        self.replace(rows)
+
+    def copy(self) -> list[Row]:
+        return list(self)
+
+    def __add__(self, others: Iterable[Row]) -> list[Row]:
+        return [*self, *others]
+
+    def __radd__(self, others: Iterable[Row]) -> list[Row]:
+        return [*others, *self]
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, list | RowList) and list(self) == list(other)
 
 
 class Change(NamedTuple):
@@ -110,9 +183,7 @@ class Overlay:
 
     def __init__(self, base: Base) -> None:
         self._base = base
-        self.tables: dict[str, Table[Any]] = {name: Table(rows) for name, rows in base.tables.items()}
-        for table in self.tables.values():
-            table.copy = base.copy
+        self.tables: dict[str, Table[Any]] = {name: base.table_class(rows) for name, rows in base.tables.items()}
         self._digests: dict[tuple[str, str], int] = {}
         """Of changed rows."""
         self._log: list[Change] = []
@@ -135,7 +206,7 @@ class Overlay:
 
     def full_hash(self) -> int:
         """The same, computed from the rows alone."""
-        rows = ((name, key, row) for name, table in self.tables.items() for key, row in table.items())
+        rows = ((name, key, table.committed(key)) for name, table in self.tables.items() for key in table)
         return sum(self._base.digest(*row) for row in rows) % MODULUS
 
     def branch(self, position: int) -> Self:

@@ -22,7 +22,6 @@ from tools_server.config import ChatConfig, ServerConfig, Tau2Config
 from tools_server.environment import Observation
 from tools_server.envs.tau2_domain import Domain, World, gold_hash, load_domain, said_before, to_openai, use_clone
 from tools_server.envs.tau2_models import GREETING, Line, ModelUser, RecordedUser, ask, judge_assertions, user_prompt
-from tools_server.errors import Conflict
 
 USERS = ("silent", "gold", "llm", "recorded")
 """The last is a model's part said again: setup.replies."""
@@ -61,7 +60,6 @@ def _printable(text: str) -> str:
 class Mark(NamedTuple):
     """Where a session stands: lengths of its logs."""
 
-    inputs: int
     calls: int
     messages: int
     runs: int
@@ -108,11 +106,14 @@ class Tau2Environment:
         self._judge = models.judge
         self._domain, self._task = domain, task
         self._all_runs = _user_runs(task.evaluation_criteria.actions or []) if user == "gold" else []
-        self._opening: list[Line] = []
-        """What was said before the agent's first turn, where the user is none of the scripts."""
+        self._runs = list(self._all_runs)
+        self._world = World(domain, task)
+        self._calls = [call for message in said_before(task) for call in getattr(message, "tool_calls", None) or []]
+        """Of agent and user."""
+        self._conversation: list[Line] = []
+        self._told = False
         self._user: ModelUser | RecordedUser | None = None
         self.tools = domain.tools
-        self._start()
         if user == "llm":
             if models.user_model is None:
                 raise ValueError("tau2 user 'llm' needs a model: set tau2.user_model in the server's config")
@@ -124,25 +125,11 @@ class Tau2Environment:
     def _script(self) -> list[dict[str, Any]]:
         return self._domain.messages(self._task.id)
 
-    def _start(self) -> None:
-        """Where every session of the task begins."""
-        self._world = World(self._domain, self._task)
-        self._runs = list(self._all_runs)
-        self._calls = [
-            call for message in said_before(self._task) for call in getattr(message, "tool_calls", None) or []
-        ]
-        """Of agent and user."""
-        self._inputs: list[tuple[str, dict[str, Any]]] = []
-        """All that was asked of this session."""
-        self._conversation = list(self._opening)
-        self._told = False
-
     def _model_user(self, complete: Any) -> ModelUser:
         from tau2.utils import DATA_DIR
 
-        tools = (
-            [tool.openai_schema for tool in self._world.environment.get_user_tools()] if self._has_user_tools else []
-        )
+        has_tools = self._domain.has_user_tools
+        tools = [tool.openai_schema for tool in self._world.environment.get_user_tools()] if has_tools else []
         name = "simulation_guidelines_tools.md" if tools else "simulation_guidelines.md"
         guidelines = (DATA_DIR / "tau2" / "user_simulator" / name).read_text(encoding="utf-8")
         user = ModelUser(complete, user_prompt(guidelines, str(self._task.user_scenario)), tools)
@@ -152,18 +139,13 @@ class Tau2Environment:
         )
         return user
 
-    @property
-    def _has_user_tools(self) -> bool:
-        return self._domain.user_database is not None
-
     def _first_messages(self, user: ModelUser | RecordedUser) -> list[dict[str, Any]]:
         """Policy, then what was said before, or the agent's greeting and the user's wish."""
         system = {"role": "system", "content": self._domain.policy}
         if said := said_before(self._task):
             return [system, *map(to_openai, said)]
         wish, _ = user.reply(GREETING, self._respond_to_user)
-        self._opening = [Line("agent", GREETING), Line("user", wish)]
-        self._conversation = list(self._opening)
+        self._conversation = [Line("agent", GREETING), Line("user", wish)]
         return [system, {"role": "assistant", "content": GREETING}, {"role": "user", "content": wish}]
 
     def _respond_to_user(self, name: str, arguments: dict[str, Any]) -> Any:
@@ -171,7 +153,6 @@ class Tau2Environment:
 
     def call(self, name: str, arguments: dict[str, Any]) -> Observation:
         """Run a tool, or (name="") tell the user `content`. Failures are observations."""
-        self._inputs.append((name, arguments))
         if name == "":
             return self._tell_user(_printable(str(arguments.get("content", ""))))
         refusal = _refusal(name, arguments)
@@ -202,34 +183,19 @@ class Tau2Environment:
         return self._world.respond(call)
 
     def mark(self) -> Mark:
-        changes = self._world.overlay.commit() if self._world.overlay is not None else 0
-        inputs, calls, messages = len(self._inputs), len(self._calls), len(self._conversation)
+        changes = self._world.commit()
+        calls, messages = len(self._calls), len(self._conversation)
         user = 0 if self._user is None else self._user.mark()
-        return Mark(inputs, calls, messages, len(self._runs), self._told, changes, user)
+        return Mark(calls, messages, len(self._runs), self._told, changes, user)
 
     def branch(self, mark: Mark) -> "Tau2Environment":
-        """An overlay branches; in domains that have none, the calls are played again on a copy.
-
-        Raises Conflict where calls of a user's model would have to be, of which there is no log.
-        """
         branched = copy.copy(self)
         if self._user is not None:
             branched._user = self._user.branch(mark.user)
-        overlay = self._world.overlay
-        if overlay is not None:
-            branched._world = World(self._domain, self._task, overlay.branch(mark.changes))
-            branched._inputs, branched._calls = self._inputs[: mark.inputs], self._calls[: mark.calls]
-            branched._conversation, branched._told = self._conversation[: mark.messages], mark.told
-            branched._runs = self._all_runs[len(self._all_runs) - mark.runs :]
-            return branched
-        if self._user is not None and self._has_user_tools:
-            raise Conflict("a session whose user is a model with tools of its own goes one way only")
-        branched._start()
-        user, said = branched._user, self._conversation[len(self._opening) : mark.messages]
-        branched._user = user and RecordedUser([line.text for line in said if line.speaker == "user"])
-        for name, arguments in self._inputs[: mark.inputs]:
-            branched.call(name, arguments)
-        branched._user = user
+        branched._world = self._world.branch(mark.changes)
+        branched._calls = self._calls[: mark.calls]
+        branched._conversation, branched._told = self._conversation[: mark.messages], mark.told
+        branched._runs = self._all_runs[len(self._all_runs) - mark.runs :]
         return branched
 
     def state(self) -> str:

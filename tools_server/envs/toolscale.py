@@ -64,18 +64,6 @@ class SessionDate(datetime.date):
         return _clock.get().date()
 
 
-class _Module:
-    """What `tau2_domain.Domain` asks of a domain's module."""
-
-    def __init__(self, name: str, policy: str, toolkit: type) -> None:
-        self._name, self._policy, self._toolkit = name, policy, toolkit
-
-    def get_environment(self, db: Any) -> Any:
-        from tau2.environment.environment import Environment
-
-        return Environment(domain_name=self._name, policy=self._policy, tools=self._toolkit(db))
-
-
 class ToolScaleEnvironment(tau2.Tau2Environment):
     """One task of ToolScale.
 
@@ -107,12 +95,6 @@ class ToolScaleEnvironment(tau2.Tau2Environment):
     def outcome(self) -> float:
         with self._time_stands():
             return super().outcome()
-
-    def branch(self, mark: tau2.Mark) -> "ToolScaleEnvironment":
-        with self._time_stands():
-            branched = super().branch(mark)
-        assert isinstance(branched, ToolScaleEnvironment)
-        return branched
 
     def _script(self) -> list[dict[str, Any]]:
         return self._domain.script(self._task)
@@ -163,6 +145,7 @@ def _load_domain(name: str, data: Path, code: Path) -> tau2_domain.Domain:
     tau2_domain.import_quietly("tau2.environment.environment")
     tau2_domain.import_quietly("tau2.evaluator.evaluator_communicate")
     from tau2.environment.db import DB
+    from tau2.environment.environment import Environment
     from tau2.environment.toolkit import ToolKitBase
 
     database_class = _only_subclass(_import_from(code, name, "data_model"), DB)
@@ -178,9 +161,7 @@ def _load_domain(name: str, data: Path, code: Path) -> tau2_domain.Domain:
         raise ValueError(f"toolscale domain {name!r}: {error.filename}: {error.strerror}") from None
     except ValueError as error:
         raise ValueError(f"toolscale domain {name!r}: {data / 'db.json'}: {one_line(error)}") from None
-    module = _Module(name, policy, toolkit)
-    schemas = [tool.openai_schema for tool in module.get_environment(database).get_tools()]
-    return tau2_domain.Domain(module, name, database, None, {}, policy, schemas, None)
+    return tau2_domain.make_domain(Environment(domain_name=name, policy=policy, tools=toolkit(database)), tasks={})
 
 
 def _import_from(code: Path, domain: str, part: str) -> ModuleType:
