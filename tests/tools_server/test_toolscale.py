@@ -17,7 +17,7 @@ from jorch.evals.tau2 import play_gold
 from jorch.rollout.tool_client import ToolClient
 from tools_server.config import ServerConfig
 from tools_server.envs.tau2 import _refusal
-from tools_server.envs.tau2_database import frozen
+from tools_server.envs.tau2_database import SharedDatabases
 from tools_server.envs.tau2_domain import databases_of
 from tools_server.envs.toolscale import ToolScaleEnvironment
 
@@ -247,7 +247,7 @@ def on_a_database_of_its_own(session, calls):
         with session._time_stands():
             content = plain.get_response(ToolCall(name=name, arguments=arguments)).content
         contents.append(_refusal(name, arguments) or content.encode("utf-8", "replace").decode("utf-8"))
-    return contents, f"{frozen(databases_of(plain)).hash:064x}"
+    return contents, f"{SharedDatabases(databases_of(plain)).base.hash:064x}"
 
 
 def drawn_calls(folder, tools, count=60):

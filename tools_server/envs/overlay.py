@@ -133,7 +133,10 @@ class RowList(MutableSequence[Row]):
     def __getitem__(self, index: Any) -> Any:
         if isinstance(index, slice):
             return [self[position] for position in range(len(self))[index]]
-        return self._table[str(range(len(self))[index])]
+        key = str(index if index >= 0 else len(self) + index)
+        if key not in self._table:
+            raise IndexError("list index out of range")
+        return self._table[key]
 
     def __setitem__(self, index: Any, value: Any) -> None:
         rows = list(self)

@@ -36,6 +36,14 @@ def _gold_hash(domain_name: str, task_id: str) -> str:
     return gold_hash(domain, domain.tasks[task_id])
 
 
+@functools.cache
+def _first_world(domain_name: str, task_id: str) -> tuple[World, int]:
+    """Where every session of a task begins, to be branched at the mark."""
+    domain = load_domain(domain_name)
+    world = World(domain, domain.tasks[task_id])
+    return world, world.commit()
+
+
 def _user_runs(actions: list[Any]) -> list[list[Any]]:
     """The user's gold actions, in runs that the agent's do not interrupt."""
     runs = itertools.groupby(actions, key=lambda action: action.requestor)
@@ -107,7 +115,7 @@ class Tau2Environment:
         self._domain, self._task = domain, task
         self._all_runs = _user_runs(task.evaluation_criteria.actions or []) if user == "gold" else []
         self._runs = list(self._all_runs)
-        self._world = World(domain, task)
+        self._world = self._first_world()
         self._calls = [call for message in said_before(task) for call in getattr(message, "tool_calls", None) or []]
         """Of agent and user."""
         self._conversation: list[Line] = []
@@ -121,6 +129,10 @@ class Tau2Environment:
         elif user == "recorded":
             self._user = RecordedUser(setup.get("replies") or [])
         self.messages = self._script() if self._user is None else self._first_messages(self._user)
+
+    def _first_world(self) -> World:
+        world, mark = _first_world(self._domain.name, self._task.id)
+        return world.branch(mark)
 
     def _script(self) -> list[dict[str, Any]]:
         return self._domain.messages(self._task.id)

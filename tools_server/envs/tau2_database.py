@@ -8,7 +8,7 @@ device of a user, is a table of one row: a session's model holds a copy, which i
 import copy
 import json
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 from pydantic import BaseModel
 
@@ -18,25 +18,52 @@ ONLY = ""
 """The key of a table's one row."""
 
 
-def frozen(models: Mapping[str, Any], scans_only_read: bool = False) -> Base:
-    """The tables of a domain's databases, "db" and "user_db"; `scans_only_read`: as for `overlay.ScannedTable`."""
-    tables = {f"{name}.{field}": _rows(value) for name, model in models.items() for field, value in model}
-    return Base(tables, _to_json, scans_only_read)
+class Field(NamedTuple):
+    """Where a table lies."""
+
+    model: str
+    name: str
+    kind: type
+    """dict, list, or object for one row."""
+
+    @property
+    def table(self) -> str:
+        return f"{self.model}.{self.name}"
+
+    @classmethod
+    def of(cls, model: str, name: str, value: Any) -> "Field":
+        if isinstance(value, dict) and all(isinstance(key, str) for key in value):
+            return cls(model, name, dict)
+        return cls(model, name, list if isinstance(value, list) else object)
+
+    def rows(self, value: Any) -> Mapping[str, Any]:
+        """A value of the field as a table."""
+        if self.kind is dict:
+            return value
+        return RowList.keyed(value) if self.kind is list else {ONLY: value}
+
+
+class SharedDatabases:
+    """A domain's databases, frozen."""
+
+    def __init__(self, models: Mapping[str, Any], scans_only_read: bool = False) -> None:
+        """`models`: "db" and perhaps "user_db"; `scans_only_read`: as for `overlay.ScannedTable`."""
+        self.models = models
+        values = {Field.of(model, name, value): value for model in models for name, value in models[model]}
+        self.fields = tuple(values)
+        self.base = Base({field.table: field.rows(value) for field, value in values.items()}, _to_json, scans_only_read)
 
 
 class Databases:
     """A session's models, whose content is an overlay's."""
 
-    def __init__(self, pristine: Mapping[str, Any], overlay: Overlay) -> None:
-        """`pristine`: the models of which the overlay's base was made."""
-        self.overlay = overlay
-        self._views: dict[tuple[str, str], Table[Any] | RowList[Any] | None] = {
-            (name, field): self._view(f"{name}.{field}", value)
-            for name, model in pristine.items()
-            for field, value in model
-        }
-        """None: a field that is one row."""
-        self.models = {name: self._model(name, type(model)) for name, model in pristine.items()}
+    def __init__(self, shared: SharedDatabases, overlay: Overlay | None = None) -> None:
+        """As `overlay` has them; None: as they are shared."""
+        self._shared = shared
+        self.overlay = overlay or Overlay(shared.base)
+        self._views = {field: self._view(field) for field in shared.fields if field.kind is not object}
+        self._rows = [field for field in shared.fields if field.kind is object]
+        self.models: dict[str, Any] = {name: self._model(name) for name in shared.models}
 
     def load(self, name: str, model: Any) -> None:
         """Make the database `name` equal to `model`, from the next commit on."""
@@ -45,45 +72,28 @@ class Databases:
 
     def commit(self) -> int:
         """Keep what was changed since the last commit; the position in the overlay's log."""
-        for (name, field), view in self._views.items():
-            model = self.models[name]
-            value = getattr(model, field)
-            if view is None:
-                self.overlay.tables[f"{name}.{field}"][ONLY] = value
-            elif value is not view:  # a tool has put another one in its place
+        for field, view in self._views.items():
+            value = getattr(self.models[field.model], field.name)
+            if value is not view:  # a tool has put another one in its place
                 view.replace(value)
-                setattr(model, field, view)
+                setattr(self.models[field.model], field.name, view)
+        for field in self._rows:
+            self.overlay.tables[field.table][ONLY] = getattr(self.models[field.model], field.name)
         position = self.overlay.commit()
-        for (name, field), view in self._views.items():
-            row = self.overlay.tables[f"{name}.{field}"].peek(ONLY) if view is None else None
-            if row is not None and row is getattr(self.models[name], field):  # the log has it now
-                setattr(self.models[name], field, copy.deepcopy(row))
+        for field in self._rows:
+            row = getattr(self.models[field.model], field.name)
+            if row is self.overlay.tables[field.table].peek(ONLY):  # the log has it now
+                setattr(self.models[field.model], field.name, copy.deepcopy(row))
         return position
 
-    def _view(self, table: str, value: Any) -> Table[Any] | RowList[Any] | None:
-        rows = self.overlay.tables[table]
-        if _is_table(value):
-            return rows
-        return RowList(rows) if isinstance(value, list) else None
+    def _view(self, field: Field) -> Any:
+        table: Table[Any] = self.overlay.tables[field.table]
+        return table if field.kind is dict else RowList(table)
 
-    def _model(self, name: str, model_class: Any) -> Any:
-        views = {field: view for (database, field), view in self._views.items() if database == name}
-        return model_class.model_construct(
-            **{
-                field: self.overlay.tables[f"{name}.{field}"][ONLY] if view is None else view
-                for field, view in views.items()
-            }
-        )
-
-
-def _rows(value: Any) -> Mapping[str, Any]:
-    if _is_table(value):
-        return value
-    return RowList.keyed(value) if isinstance(value, list) else {ONLY: value}
-
-
-def _is_table(value: Any) -> bool:
-    return isinstance(value, dict) and all(isinstance(key, str) for key in value)
+    def _model(self, name: str) -> Any:
+        views = {field.name: view for field, view in self._views.items() if field.model == name}
+        rows = {field.name: self.overlay.tables[field.table][ONLY] for field in self._rows if field.model == name}
+        return type(self._shared.models[name]).model_construct(**views, **rows)
 
 
 def _to_json(row: Any) -> str:

@@ -7,6 +7,7 @@ import contextlib
 import contextvars
 import copy
 import functools
+import gc
 import importlib
 import json
 import os
@@ -20,8 +21,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tools_server.envs.overlay import Base, Overlay
-from tools_server.envs.tau2_database import Databases, frozen
+from tools_server.envs.overlay import Overlay
+from tools_server.envs.tau2_database import Databases, SharedDatabases
 
 DOMAINS = ("airline", "retail", "telecom", "mock")
 SCANS_ONLY_READ = ("airline", "retail")
@@ -56,8 +57,7 @@ class Domain:
     """tau2's tasks by id, in the order of its base split."""
     tools: list[dict[str, Any]]
     """OpenAI function schemas."""
-    base: Base
-    """What is in the databases."""
+    databases: SharedDatabases
 
     @property
     def policy(self) -> str:
@@ -93,7 +93,11 @@ def make_domain(pristine: Any, tasks: dict[str, Any], scans_only_read: bool = Fa
     if getattr(tools_module, "uuid", None) is uuid:
         vars(tools_module)["uuid"] = RepeatableUuid
     tools = [tool.openai_schema for tool in pristine.get_tools()]
-    return Domain(pristine.domain_name, pristine, tasks, tools, frozen(databases_of(pristine), scans_only_read))
+    databases = SharedDatabases(databases_of(pristine), scans_only_read)
+    # All of this lasts as long as the process: the garbage collector need not walk through it, call by call.
+    gc.collect()
+    gc.freeze()
+    return Domain(pristine.domain_name, pristine, tasks, tools, databases)
 
 
 def databases_of(environment: Any) -> dict[str, Any]:
@@ -180,7 +184,7 @@ class World:
     def __init__(self, domain: Domain, task: Any = None, overlay: Overlay | None = None) -> None:
         """In the initial state of `task`, or as `overlay` has it."""
         self._domain = domain
-        self._databases = Databases(databases_of(domain.pristine), overlay or Overlay(domain.base))
+        self._databases = Databases(domain.databases, overlay)
         self.environment = domain.environment(self._databases.models)
         if overlay is None:
             self._begin(task)
@@ -196,7 +200,7 @@ class World:
         data = state.initialization_data
         for name, update in (("db", data.agent_data), ("user_db", data.user_data)) if data is not None else ():
             if update is not None:
-                updated = update_pydantic_model_with_dict(databases_of(self._domain.pristine)[name], update)
+                updated = update_pydantic_model_with_dict(self._domain.databases.models[name], update)
                 self._databases.load(name, updated)
         self.environment.set_state(None, state.initialization_actions, said_before(task))
 

@@ -96,6 +96,9 @@ class ToolScaleEnvironment(tau2.Tau2Environment):
         with self._time_stands():
             return super().outcome()
 
+    def _first_world(self) -> tau2_domain.World:
+        return tau2_domain.World(self._domain, self._task)
+
     def _script(self) -> list[dict[str, Any]]:
         return self._domain.script(self._task)
 

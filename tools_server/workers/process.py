@@ -7,6 +7,7 @@ theirs side by side.
 """
 
 import ctypes
+import gc
 import logging
 import os
 import pickle
@@ -107,6 +108,7 @@ def main() -> None:
     start_logging()
     config, kinds, num_threads = connection.recv()
     registry.ENVIRONMENTS.update(kinds)
+    gc.set_threshold(10_000, 10, 10)  # calls make copies by the thousand, few of them in cycles
     process, sending = Process(config), threading.Lock()
     threads = ThreadPoolExecutor(num_threads)
     connection.send(READY)
