@@ -157,9 +157,9 @@ def test_any_calls_leave_taus_own_databases(name):
 @contextlib.contextmanager
 def same_ids(world):
     """Tools of telecom make ids of bills up."""
-    token = tau2_domain._before.set(world.hash())
+    token = tau2_domain._ids.set(tau2_domain.ids_after(world.hash()))
     yield
-    tau2_domain._before.reset(token)
+    tau2_domain._ids.reset(token)
 
 
 @needs_tau2

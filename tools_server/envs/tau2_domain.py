@@ -9,6 +9,7 @@ import copy
 import functools
 import gc
 import importlib
+import itertools
 import json
 import os
 import sys
@@ -33,17 +34,24 @@ OPENING = (
 )
 
 _load_lock = threading.Lock()
-_before: contextvars.ContextVar[str] = contextvars.ContextVar("before")
-"""The hash of the databases before the call that is under way."""
+_ids: contextvars.ContextVar[Iterator[uuid.UUID]] = contextvars.ContextVar("ids")
+"""Of the call that is under way."""
+
+
+def ids_after(state: str) -> Iterator[uuid.UUID]:
+    """What a call may call new rows: it follows from the hash of the databases before it, so that a call which is made
+    again gives the same ids again.
+    """
+    return (uuid.uuid5(uuid.NAMESPACE_OID, f"{state}/{number}") for number in itertools.count())
 
 
 class RepeatableUuid:
-    """`uuid` as the tools see it: an id follows from the databases, so that calls made again give it again."""
+    """The module `uuid` as the tools see it."""
 
     @staticmethod
     def uuid4() -> uuid.UUID:
-        before = _before.get(None)
-        return uuid.uuid4() if before is None else uuid.uuid5(uuid.NAMESPACE_OID, before)
+        ids = _ids.get(None)
+        return uuid.uuid4() if ids is None else next(ids)
 
 
 @dataclass(frozen=True, eq=False)
@@ -187,8 +195,8 @@ class World:
         self._databases = Databases(domain.databases, overlay)
         self.environment = domain.environment(self._databases.models)
         if overlay is None:
-            self._begin(task)
-            self.commit()
+            with self._one_call():
+                self._begin(task)
 
     def _begin(self, task: Any) -> None:
         from tau2.utils.pydantic_utils import update_pydantic_model_with_dict
@@ -216,11 +224,11 @@ class World:
 
     @contextlib.contextmanager
     def _one_call(self) -> Iterator[None]:
-        token = _before.set(self.hash())
+        token = _ids.set(ids_after(self.hash()))
         try:
             yield
         finally:
-            _before.reset(token)
+            _ids.reset(token)
             self.commit()
 
     def commit(self) -> int:
