@@ -102,6 +102,10 @@ def build_index(
             raise ValueError(f"{path} exists: remove it, or choose another --out")
     unfinished = out.with_name(f"{out.name}.{os.getpid()}.unfinished")
     try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"{out} cannot be written: {error.strerror}") from None
+    try:
         with contextlib.closing(sqlite3.connect(unfinished)) as connection, connection:
             connection.execute(
                 "CREATE VIRTUAL TABLE passages "

@@ -36,11 +36,12 @@ class Recorder:
         self.failed = False
         """Whether the last answer that should have been recorded could not be."""
         try:
+            config.path.parent.mkdir(parents=True, exist_ok=True)
             self._file = sqlite3.connect(config.path, isolation_level=None)
             self._file.execute("PRAGMA journal_mode = WAL")
             self._file.execute("PRAGMA synchronous = NORMAL")
             self._file.execute("CREATE TABLE IF NOT EXISTS calls (key TEXT PRIMARY KEY, call TEXT, output TEXT)")
-        except sqlite3.Error as error:
+        except (OSError, sqlite3.Error) as error:
             raise ValueError(f"recording.path: {config.path} cannot be used ({error})") from None
 
     def close(self) -> None:

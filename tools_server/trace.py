@@ -31,6 +31,7 @@ class TraceFile:
         """Raises ValueError where `path` cannot be written."""
         self.failed = False
         try:
+            path.parent.mkdir(parents=True, exist_ok=True)
             self._file = path.open("ab", buffering=0)
         except OSError as error:
             raise ValueError(f"traces: {path} cannot be written ({error.strerror})") from None

@@ -153,9 +153,16 @@ def test_a_full_disk_is_seen_by_the_load_balancer():
     assert health[0] == 200
 
 
-def test_a_trace_file_that_cannot_be_opened(tmp_path):
+def test_folders_of_files_are_made(tmp_path):
+    traces, recordings = tmp_path / "traces" / "of" / "x", tmp_path / "recordings" / "x"
+    TraceFile(traces)
+    recorder(recordings, "record").close()
+    assert traces.is_file()
+    assert recordings.is_file()
     with pytest.raises(ValueError, match="cannot be written"):
-        TraceFile(tmp_path / "no" / "x")
+        TraceFile(traces / "x")
+    with pytest.raises(ValueError, match="cannot be used"):
+        recorder(traces / "x", "record")
 
 
 async def serve(config, scenario):

@@ -94,7 +94,7 @@ def command(*arguments):
 
 
 def test_the_command_and_its_mistakes(jsonl, tmp_path):
-    out = tmp_path / "new.sqlite"
+    out = tmp_path / "a new folder" / "new.sqlite"
     result = command(jsonl, "--out", out)
     assert (result.returncode, result.stdout) == (0, f"{out}: 3 documents, 3 passages\n")
     (tmp_path / "bad.jsonl").write_text('{"text": "a"}\n{"title": "b"}\n')
@@ -102,13 +102,14 @@ def test_the_command_and_its_mistakes(jsonl, tmp_path):
         (command(jsonl, "--out", out), f"{out} exists: remove it, or choose another --out"),
         (command(tmp_path / "none", "--out", tmp_path / "x"), f"{tmp_path}/none is neither a folder nor a .jsonl file"),
         (command(tmp_path / "bad.jsonl", "--out", tmp_path / "x"), f"{tmp_path}/bad.jsonl:2: expected"),
-        (command(jsonl, "--out", tmp_path / "no" / "x"), f"{tmp_path}/no/x cannot be written: unable to open"),
+        (command(jsonl, "--out", out / "x"), f"{out}/x cannot be written: File exists"),
     ]
     for result, line in mistakes:
         assert (result.returncode, result.stdout) == (2, "")
         assert result.stderr.startswith(line)
         assert result.stderr.count("\n") == 1
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["bad.jsonl", "documents.jsonl", "new.sqlite"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a new folder", "bad.jsonl", "documents.jsonl"]
+    assert list(out.parent.iterdir()) == [out]
 
 
 def test_a_file_that_is_no_index(tmp_path):
