@@ -91,6 +91,8 @@ async def serve(config: ServerConfig, exit_with_parent: bool) -> None:
         await runner.setup()
         await _listen(runner, config)
         _spare_collector()
+        if measured := [name for name, tool in app[SESSIONS].toolbox.tools.items() if tool.spec.latency_s is None]:
+            log.warning("measured times, and so the load, count in rewards: set latency_s of %s", ", ".join(measured))
         if open_to_all:
             log.warning("no token is asked for, so whoever works on this machine may call: set %s", TOKEN_VARIABLE)
         host, port = runner.addresses[0][:2]

@@ -97,7 +97,9 @@ class PythonConfig(ToolSection):
 
     kind: Literal["python"]
     timeout_s: PositiveFloat = Field(20.0, description="wall time of a program")
-    usd_per_second: float = Field(0.0, ge=0, description="of a program's wall time")
+    usd_per_second: float = Field(
+        0.0, ge=0, description="of `latency_s`; where that is not set, of a program's wall time"
+    )
     sandboxes: PositiveInt = Field(4, description="kept ready; as many programs run at once")
     python: str = Field("/usr/bin/python3", description="interpreter, seen inside at the same path")
     read_only: tuple[str, ...] = Field((), description="folders beside /usr that programs may read")
@@ -119,7 +121,9 @@ class RemotePythonConfig(ToolSection):
 
     kind: Literal["remote_python"]
     timeout_s: PositiveFloat = Field(20.0, description="wall time of a program; the other tool's, if that is less")
-    usd_per_second: float = Field(0.0, ge=0, description="of a program's wall time")
+    usd_per_second: float = Field(
+        0.0, ge=0, description="of `latency_s`; where that is not set, of a program's wall time"
+    )
     url: str = Field(description="of the other server, e.g. http://10.0.0.7:8900")
     tool: str = Field("python", description="name of the other server's tool of kind python")
     key_variable: str | None = Field(None, description="environment variable with the other server's token")

@@ -5,7 +5,7 @@ One declaration is rendered as an OpenAI function schema, as Hermes/Qwen text an
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal, Protocol
 
 from tools_server.config import Section
@@ -139,6 +139,14 @@ def hermes_text(specs: Sequence[ToolSpec]) -> str:
 def billed_s(spec: ToolSpec, output: ToolOutput) -> float:
     """The latency that counts for the reward: the declared one, so that load is no reward noise."""
     return output.work_s + output.inner_s if spec.latency_s is None else spec.latency_s
+
+
+def billed_usd(price: Price, spec: ToolSpec, output: ToolOutput) -> float:
+    """The charge for a call and for those below it. Seconds are billed as the latency is: the declared ones, if any."""
+    usage = output.usage
+    if usage.seconds and spec.latency_s is not None:
+        usage = replace(usage, seconds=spec.latency_s)
+    return price.cost_usd(usage) + output.inner_usd
 
 
 def object_schema(properties: Mapping[str, Any], required: Sequence[str]) -> dict[str, Any]:

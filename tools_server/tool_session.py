@@ -19,7 +19,7 @@ from tools_server.environment import Observation
 from tools_server.errors import UNBILLED, Conflict, log
 from tools_server.judge import Verifiers
 from tools_server.ledger import Ledger
-from tools_server.tool import CallContext, Price, billed_s
+from tools_server.tool import CallContext, Price, billed_s, billed_usd
 from tools_server.toolbox import Toolbox
 from tools_server.tools.simulated import Simulation, check_simulation
 from tools_server.verifiers import Verdict, Verifier
@@ -270,7 +270,7 @@ class ToolSession:
         return Observation(
             call.name,
             output.content,
-            self._prices[call.name].cost_usd(output.usage) + output.inner_usd,
+            billed_usd(self._prices[call.name], spec, output),
             billed_s(spec, output),
             output.error,
             ended=output.error == "infra_error",

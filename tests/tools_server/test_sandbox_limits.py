@@ -186,6 +186,21 @@ def test_programs_run_on_another_server():
     asyncio.run(main())
 
 
+def test_load_does_not_change_what_a_program_costs():
+    """The declared latency is billed as seconds too, so that equal calls of siblings are equally dear."""
+
+    async def main():
+        async with serving({"python": HOST["python"] | {"usd_per_second": 2, "latency_s": 1.5}}) as server:
+            await server.open()
+            quick, slow = await server.calls(
+                ("0", "python", {"code": "print(1)"}), ("1", "python", {"code": "import time\ntime.sleep(0.3)"})
+            )
+            assert slow["work_s"] > quick["work_s"]
+            assert [(call["cost_usd"], call["latency_s"]) for call in (quick, slow)] == [(3.0, 1.5)] * 2
+
+    asyncio.run(main())
+
+
 def test_another_server_that_fails_is_no_fault_of_the_program(monkeypatch):
     async def main():
         async with serving(HOST | {"other": {"kind": "constant", "answer": "x"}}) as host:

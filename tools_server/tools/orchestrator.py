@@ -13,7 +13,7 @@ from typing import Any, Protocol
 from tools_server.arguments import Check
 from tools_server.config import ChatConfig
 from tools_server.endpoint import EndpointFailure, RequestRefused
-from tools_server.tool import CallContext, Price, Tool, ToolOutput, Usage, billed_s
+from tools_server.tool import CallContext, Price, Tool, ToolOutput, Usage, billed_s, billed_usd
 from tools_server.tools.chat import ChatTool, read_completion
 
 
@@ -97,7 +97,7 @@ class OrchestratorTool(ChatTool):
         spec = self._tools.tools[name].spec
         if output.error == "budget_exceeded":
             return output, 0.0, 0.0
-        return output, spec.price.cost_usd(output.usage) + output.inner_usd, billed_s(spec, output)
+        return output, billed_usd(spec.price, spec, output), billed_s(spec, output)
 
 
 def _sum(first: Usage, second: Usage) -> Usage:
